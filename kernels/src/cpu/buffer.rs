@@ -1,0 +1,297 @@
+//! Host memory of the CPU device: aligned, zeroed, and not resident before it is touched.
+
+use std::alloc::Layout;
+use std::ptr::NonNull;
+
+use crate::{DType, KernelError, KvLayout};
+
+/// Alignment of everything here: one cache line, one AVX-512 register.
+pub const ALIGN: usize = 64;
+
+/// From this size on memory comes straight from the system in whole pages, huge ones where they are to be had.
+const MAP_FROM_BYTES: usize = 4 << 20;
+
+/// Bytes of a huge page; mapped memory starts at a multiple of it.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Zeroed bytes, aligned to [`ALIGN`]. Large ones are mapped, so that pages nobody touched cost nothing.
+pub(crate) struct AlignedBytes {
+    ptr: NonNull<u8>,
+    len: usize,
+    owner: Owner,
+}
+
+/// Who takes the memory back.
+enum Owner {
+    Nobody,
+    Allocator { base: NonNull<u8>, layout: Layout },
+    #[cfg(unix)]
+    Mapping { base: NonNull<u8>, len: usize },
+}
+
+// SAFETY: the memory is owned, plain bytes; shared access only reads.
+unsafe impl Send for AlignedBytes {}
+// SAFETY: as above; every write goes through `&mut self` or through a `SharedMut` made from it.
+unsafe impl Sync for AlignedBytes {}
+
+impl AlignedBytes {
+    /// `len` zero bytes. `what` names them in the error.
+    pub(crate) fn zeroed(what: &'static str, len: usize) -> Result<Self, KernelError> {
+        let out_of_memory = || KernelError::OutOfMemory { what, bytes: len as u64 };
+        if len == 0 {
+            // An aligned address that is never read: there are no bytes behind it.
+            let ptr = NonNull::new(std::ptr::without_provenance_mut::<u8>(ALIGN)).expect("ALIGN is not zero");
+            return Ok(Self { ptr, len, owner: Owner::Nobody });
+        }
+        #[cfg(unix)]
+        if len >= MAP_FROM_BYTES {
+            return Self::mapped(len).ok_or_else(out_of_memory);
+        }
+        // The standard allocator writes zeros itself when asked for more than its natural alignment, so ask for a
+        // little more memory instead and align by hand.
+        let padded = len.checked_add(ALIGN).ok_or_else(out_of_memory)?;
+        let layout = Layout::from_size_align(padded, 16).map_err(|_| out_of_memory())?;
+        // SAFETY: the layout has a size above zero.
+        let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
+        // SAFETY: the offset is below ALIGN and the allocation is ALIGN longer than `len`.
+        let ptr = unsafe { base.add(base.align_offset(ALIGN)) };
+        Ok(Self { ptr, len, owner: Owner::Allocator { base, layout } })
+    }
+
+    #[cfg(unix)]
+    fn mapped(len: usize) -> Option<Self> {
+        let map_len = len.checked_add(2 * HUGE_PAGE_BYTES)? / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        // SAFETY: an anonymous private mapping at an address of the system's choice touches no memory of ours.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                map_len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return None;
+        }
+        let base = NonNull::new(base.cast::<u8>())?;
+        // SAFETY: the offset is below HUGE_PAGE_BYTES and the mapping is at least that much longer than `len`.
+        let ptr = unsafe { base.add(base.align_offset(HUGE_PAGE_BYTES)) };
+        // Advice only: where it is refused, small pages do.
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range lies inside the mapping made above.
+        unsafe {
+            libc::madvise(ptr.as_ptr().cast(), len, libc::MADV_HUGEPAGE);
+        }
+        Some(Self { ptr, len, owner: Owner::Mapping { base, len: map_len } })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        self.ptr.as_ptr()
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// All of it as numbers of a plain type. Bytes that do not fill a number at the end are left out.
+    pub(crate) fn view<T: Plain>(&self) -> &[T] {
+        // SAFETY: aligned to 64, `len` bytes long, initialised, and any bits are a valid `T`.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().cast(), self.len / size_of::<T>()) }
+    }
+
+    /// As [`Self::view`], to be written.
+    pub(crate) fn view_mut<T: Plain>(&mut self) -> &mut [T] {
+        // SAFETY: as in `view`, and `&mut self` makes it the only access.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().cast(), self.len / size_of::<T>()) }
+    }
+}
+
+impl Drop for AlignedBytes {
+    fn drop(&mut self) {
+        match self.owner {
+            Owner::Nobody => {}
+            // SAFETY: base and layout are those of the allocation, which is given back once.
+            Owner::Allocator { base, layout } => unsafe { std::alloc::dealloc(base.as_ptr(), layout) },
+            #[cfg(unix)]
+            // SAFETY: base and length are those of the mapping, which is given back once.
+            Owner::Mapping { base, len } => unsafe {
+                libc::munmap(base.as_ptr().cast(), len);
+            },
+        }
+    }
+}
+
+/// Numbers for which any bits are a value, with an alignment of at most [`ALIGN`].
+///
+/// # Safety
+/// Implement for plain numbers only.
+pub(crate) unsafe trait Plain: Copy {}
+// SAFETY: any 32 bits are an f32.
+unsafe impl Plain for f32 {}
+// SAFETY: any 32 bits are a u32.
+unsafe impl Plain for u32 {}
+// SAFETY: any 16 bits are a u16.
+unsafe impl Plain for u16 {}
+// SAFETY: any 8 bits are a u8.
+unsafe impl Plain for u8 {}
+
+/// `F32` or `U32` numbers in host memory.
+pub struct CpuBuffer {
+    dtype: DType,
+    len: usize,
+    bytes: AlignedBytes,
+}
+
+impl CpuBuffer {
+    /// Zeros. Fails with `KernelError::Type` unless `dtype` is `F32` or `U32`.
+    pub fn zeroed(dtype: DType, len: usize) -> Result<Self, KernelError> {
+        if !matches!(dtype, DType::F32 | DType::U32) {
+            return Err(KernelError::Type { op: "alloc", argument: "dtype", found: dtype.name() });
+        }
+        let num_bytes = len
+            .checked_mul(dtype.size())
+            .filter(|&bytes| bytes <= isize::MAX as usize)
+            .ok_or(KernelError::OutOfMemory { what: "buffer", bytes: u64::MAX })?;
+        Ok(Self { dtype, len, bytes: AlignedBytes::zeroed("buffer", num_bytes)? })
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Numbers in it.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn expect(&self, dtype: DType, op: &'static str, argument: &'static str) -> Result<(), KernelError> {
+        if self.dtype == dtype {
+            Ok(())
+        } else {
+            Err(KernelError::Type { op, argument, found: self.dtype.name() })
+        }
+    }
+
+    /// All of it as `F32`. The error names the operation and its argument.
+    pub fn f32(&self, op: &'static str, argument: &'static str) -> Result<&[f32], KernelError> {
+        self.expect(DType::F32, op, argument)?;
+        Ok(self.bytes.view())
+    }
+
+    /// All of it as `F32`, to be written.
+    pub fn f32_mut(&mut self, op: &'static str, argument: &'static str) -> Result<&mut [f32], KernelError> {
+        self.expect(DType::F32, op, argument)?;
+        Ok(self.bytes.view_mut())
+    }
+
+    /// All of it as `U32`.
+    pub fn u32(&self, op: &'static str, argument: &'static str) -> Result<&[u32], KernelError> {
+        self.expect(DType::U32, op, argument)?;
+        Ok(self.bytes.view())
+    }
+
+    /// All of it as `U32`, to be written.
+    pub fn u32_mut(&mut self, op: &'static str, argument: &'static str) -> Result<&mut [u32], KernelError> {
+        self.expect(DType::U32, op, argument)?;
+        Ok(self.bytes.view_mut())
+    }
+}
+
+/// One KV group's cache in host memory, laid out by [`KvLayout`].
+pub struct CpuKv {
+    layout: KvLayout,
+    bytes: AlignedBytes,
+}
+
+impl CpuKv {
+    /// Zeros for all layers and blocks. Fails with `KernelError::Type` unless the layout holds `F32` or `Bf16`.
+    pub fn zeroed(layout: &KvLayout) -> Result<Self, KernelError> {
+        if !matches!(layout.dtype, DType::F32 | DType::Bf16) {
+            return Err(KernelError::Type { op: "alloc_kv", argument: "dtype", found: layout.dtype.name() });
+        }
+        let num_bytes = [layout.num_layers, layout.num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim]
+            .into_iter()
+            .try_fold(2 * layout.dtype.size(), usize::checked_mul)
+            .filter(|&bytes| bytes <= isize::MAX as usize)
+            .ok_or(KernelError::OutOfMemory { what: "KV cache", bytes: u64::MAX })?;
+        Ok(Self { layout: *layout, bytes: AlignedBytes::zeroed("KV cache", num_bytes)? })
+    }
+
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    fn expect(&self, dtype: DType, op: &'static str) -> Result<(), KernelError> {
+        if self.layout.dtype == dtype {
+            Ok(())
+        } else {
+            Err(KernelError::Type { op, argument: "kv", found: self.layout.dtype.name() })
+        }
+    }
+
+    /// The whole cache of an `F32` layout.
+    pub fn f32(&self, op: &'static str) -> Result<&[f32], KernelError> {
+        self.expect(DType::F32, op)?;
+        Ok(self.bytes.view())
+    }
+
+    /// The whole cache of an `F32` layout, to be written.
+    pub fn f32_mut(&mut self, op: &'static str) -> Result<&mut [f32], KernelError> {
+        self.expect(DType::F32, op)?;
+        Ok(self.bytes.view_mut())
+    }
+
+    /// The whole cache of a `Bf16` layout, as bits.
+    pub fn bf16(&self, op: &'static str) -> Result<&[u16], KernelError> {
+        self.expect(DType::Bf16, op)?;
+        Ok(self.bytes.view())
+    }
+
+    /// The whole cache of a `Bf16` layout, as bits, to be written.
+    pub fn bf16_mut(&mut self, op: &'static str) -> Result<&mut [u16], KernelError> {
+        self.expect(DType::Bf16, op)?;
+        Ok(self.bytes.view_mut())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_zeroed_and_as_long_as_asked() {
+        for len in [0, 1, 63, 64, 4096, MAP_FROM_BYTES - 1, MAP_FROM_BYTES, MAP_FROM_BYTES + 1, 3 * HUGE_PAGE_BYTES + 5] {
+            let mut bytes = AlignedBytes::zeroed("test", len).expect("small enough");
+            assert_eq!(bytes.as_ptr() as usize % ALIGN, 0, "{len}");
+            assert_eq!(bytes.len(), len);
+            assert!(bytes.view::<u8>().iter().all(|&byte| byte == 0), "{len}");
+            bytes.view_mut::<u8>().fill(0xa5);
+            assert_eq!(bytes.view::<u8>().iter().filter(|&&byte| byte == 0xa5).count(), len);
+        }
+    }
+
+    #[test]
+    fn views_check_the_type() {
+        let mut buffer = CpuBuffer::zeroed(DType::U32, 3).expect("small");
+        assert_eq!(buffer.u32("op", "x"), Ok(&[0, 0, 0][..]));
+        let refused = Err(KernelError::Type { op: "op", argument: "x", found: "u32" });
+        assert_eq!(buffer.f32_mut("op", "x").map(|_| ()), refused);
+        assert!(matches!(CpuBuffer::zeroed(DType::Bf16, 3), Err(KernelError::Type { .. })));
+    }
+
+    #[test]
+    fn impossible_sizes_are_named() {
+        assert!(matches!(CpuBuffer::zeroed(DType::F32, usize::MAX / 4), Err(KernelError::OutOfMemory { .. })));
+        assert!(matches!(CpuBuffer::zeroed(DType::F32, 1 << 50), Err(KernelError::OutOfMemory { .. })));
+    }
+}

@@ -1,0 +1,195 @@
+//! The CPU device: threads, memory, and which vector instructions to use. The arithmetic lies in `ops/<op>/cpu.rs`.
+
+pub mod buffer;
+pub mod isa;
+pub mod thread_pool;
+
+pub use buffer::{CpuBuffer, CpuKv};
+pub use isa::Isa;
+pub use thread_pool::ThreadPool;
+
+use crate::backend::Backend;
+use crate::ops::{
+    embed::{self, Embed},
+    gather_rows::{self, GatherRows},
+    linear::{self, Linear},
+    logprobs::{self, Logprobs},
+    paged_attention::{self, PagedAttention},
+    rms_norm::{self, RmsNorm},
+    rope_kv_write::{self, RopeKvWrite},
+    rope_table::{self, RopeTable},
+    sample::{self, Sample, SamplerRow, SamplerShape},
+};
+use crate::{DType, DeviceInfo, KernelError, KvLayout, WeightSource};
+
+/// How to use the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuConfig {
+    /// Threads that compute, the caller included: physical cores, not hyperthreads.
+    pub num_threads: usize,
+    /// `None` takes the best that the machine has.
+    pub isa: Option<Isa>,
+}
+
+/// [`Backend`] over the cores of this machine.
+pub struct CpuBackend {
+    pub(crate) isa: Isa,
+    pub(crate) pool: ThreadPool,
+    pub(crate) linear_workspace: linear::cpu::Workspace,
+}
+
+impl CpuBackend {
+    /// Starts the threads. Fails where the machine lacks `config.isa` or a thread cannot be had.
+    pub fn new(config: CpuConfig) -> Result<Self, KernelError> {
+        let isa = config.isa.unwrap_or_else(Isa::detect);
+        if !isa.is_available() {
+            return Err(KernelError::Device { device: "cpu", cause: format!("no {isa} instructions here") });
+        }
+        let pool = ThreadPool::new(config.num_threads)?;
+        let linear_workspace = linear::cpu::Workspace::new(pool.num_threads())?;
+        Ok(Self { isa, pool, linear_workspace })
+    }
+
+    /// The instruction set that kernels and packed weights are for.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Threads, the caller included.
+    pub fn num_threads(&self) -> usize {
+        self.pool.num_threads()
+    }
+}
+
+impl Backend for CpuBackend {
+    type Buffer = CpuBuffer;
+    type Weight = linear::cpu::CpuWeight;
+    type Kv = CpuKv;
+    type Sampler = sample::cpu::CpuSampler;
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo { kind: "cpu", name: cpu_name(), isa: self.isa.name().to_owned(), num_units: self.num_threads() }
+    }
+
+    fn alloc(&mut self, dtype: DType, len: usize) -> Result<CpuBuffer, KernelError> {
+        CpuBuffer::zeroed(dtype, len)
+    }
+
+    fn write_f32(&mut self, buffer: &mut CpuBuffer, offset: usize, data: &[f32]) -> Result<(), KernelError> {
+        part_mut("write_f32", buffer.f32_mut("write_f32", "buffer")?, offset, data.len())?.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn write_u32(&mut self, buffer: &mut CpuBuffer, offset: usize, data: &[u32]) -> Result<(), KernelError> {
+        part_mut("write_u32", buffer.u32_mut("write_u32", "buffer")?, offset, data.len())?.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn read_f32(&mut self, buffer: &CpuBuffer, offset: usize, out: &mut [f32]) -> Result<(), KernelError> {
+        out.copy_from_slice(part("read_f32", buffer.f32("read_f32", "buffer")?, offset, out.len())?);
+        Ok(())
+    }
+
+    fn read_u32(&mut self, buffer: &CpuBuffer, offset: usize, out: &mut [u32]) -> Result<(), KernelError> {
+        out.copy_from_slice(part("read_u32", buffer.u32("read_u32", "buffer")?, offset, out.len())?);
+        Ok(())
+    }
+
+    fn pack_weight(&mut self, source: &WeightSource<'_>) -> Result<Self::Weight, KernelError> {
+        linear::cpu::pack_weight(self, source)
+    }
+
+    fn weight_bytes(&self, out_features: usize, in_features: usize, dtype: DType) -> usize {
+        linear::cpu::weight_bytes(self.isa, out_features, in_features, dtype)
+    }
+
+    fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CpuKv, KernelError> {
+        CpuKv::zeroed(layout)
+    }
+
+    fn alloc_sampler(&mut self, shape: &SamplerShape) -> Result<Self::Sampler, KernelError> {
+        sample::cpu::alloc_sampler(self, shape)
+    }
+
+    fn set_sampler_row(
+        &mut self,
+        sampler: &mut Self::Sampler,
+        row: u32,
+        params: &SamplerRow<'_>,
+    ) -> Result<(), KernelError> {
+        sample::cpu::set_sampler_row(self, sampler, row, params)
+    }
+
+    fn embed(&mut self, args: Embed<'_, Self>) -> Result<(), KernelError> {
+        embed::cpu::embed(self, args)
+    }
+
+    fn rms_norm(&mut self, args: RmsNorm<'_, Self>) -> Result<(), KernelError> {
+        rms_norm::cpu::rms_norm(self, args)
+    }
+
+    fn linear(&mut self, args: Linear<'_, Self>) -> Result<(), KernelError> {
+        linear::cpu::linear(self, args)
+    }
+
+    fn rope_table(&mut self, args: RopeTable<'_, Self>) -> Result<(), KernelError> {
+        rope_table::cpu::rope_table(self, args)
+    }
+
+    fn rope_kv_write(&mut self, args: RopeKvWrite<'_, Self>) -> Result<(), KernelError> {
+        rope_kv_write::cpu::rope_kv_write(self, args)
+    }
+
+    fn paged_attention(&mut self, args: PagedAttention<'_, Self>) -> Result<(), KernelError> {
+        paged_attention::cpu::paged_attention(self, args)
+    }
+
+    fn gather_rows(&mut self, args: GatherRows<'_, Self>) -> Result<(), KernelError> {
+        gather_rows::cpu::gather_rows(self, args)
+    }
+
+    fn sample(&mut self, args: Sample<'_, Self>) -> Result<(), KernelError> {
+        sample::cpu::sample(self, args)
+    }
+
+    fn logprobs(&mut self, args: Logprobs<'_, Self>) -> Result<(), KernelError> {
+        logprobs::cpu::logprobs(self, args)
+    }
+}
+
+/// `data[offset..][..len]`, or the error that names the buffer.
+fn part<'a, T>(op: &'static str, data: &'a [T], offset: usize, len: usize) -> Result<&'a [T], KernelError> {
+    check_room(op, data.len(), offset, len)?;
+    Ok(&data[offset..offset + len])
+}
+
+/// As [`part`], to be written.
+fn part_mut<'a, T>(op: &'static str, data: &'a mut [T], offset: usize, len: usize) -> Result<&'a mut [T], KernelError> {
+    check_room(op, data.len(), offset, len)?;
+    Ok(&mut data[offset..offset + len])
+}
+
+fn check_room(op: &'static str, found: usize, offset: usize, len: usize) -> Result<(), KernelError> {
+    match offset.checked_add(len) {
+        Some(expected) if expected <= found => Ok(()),
+        end => Err(KernelError::Shape { op, argument: "buffer", expected: end.unwrap_or(usize::MAX), found }),
+    }
+}
+
+/// The processor's own name for itself.
+fn cpu_name() -> String {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::__cpuid;
+        if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
+            let bytes: Vec<u8> = (0x8000_0002..=0x8000_0004)
+                .map(__cpuid)
+                .flat_map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx])
+                .flat_map(u32::to_le_bytes)
+                .take_while(|&byte| byte != 0)
+                .collect();
+            return String::from_utf8_lossy(&bytes).trim().to_owned();
+        }
+    }
+    std::env::consts::ARCH.to_owned()
+}

@@ -1,0 +1,13 @@
+//! Arithmetic on a device: one trait, one folder per operation, CPU and CUDA behind it.
+
+pub mod backend;
+pub mod cpu;
+pub mod error;
+pub mod kv_layout;
+pub mod ops;
+#[cfg(feature = "testing")]
+pub mod testing;
+
+pub use backend::{Backend, DType, DeviceInfo, HostTensor, WeightLayout, WeightSource};
+pub use error::KernelError;
+pub use kv_layout::KvLayout;
