@@ -1,0 +1,115 @@
+//! What an operator chooses about the engine. Sizes of the model come from its files.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a model computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// CUDA where a usable card is found, the CPU otherwise.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// What weights and KV cache are stored as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DTypeChoice {
+    /// As the files have it: `f32` stays, `bf16` stays, `f16` becomes `bf16`.
+    #[default]
+    Auto,
+    F32,
+    Bf16,
+}
+
+/// Where the weights' values come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoadFormat {
+    /// The model's safetensors files.
+    #[default]
+    Auto,
+    /// Seeded random values of the shapes that `config.json` asks for: to measure speed without a download.
+    Dummy,
+}
+
+/// Which waiting request is next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicyChoice {
+    Fcfs,
+    #[default]
+    Priority,
+}
+
+/// The device and the model's numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EngineConfig {
+    /// `auto` takes CUDA where a usable card is found.
+    pub device: DeviceChoice,
+    /// `auto` keeps what the files have; `bf16` halves memory and doubles the pace of f32.
+    pub dtype: DTypeChoice,
+    /// `dummy` fills the shapes with seeded random weights.
+    pub load_format: LoadFormat,
+    /// Threads that compute; 0 is one per core. The engine's own thread is one of them.
+    pub num_threads: usize,
+    /// Bytes for the KV cache; 0 takes a share of the memory that is free when the weights are loaded, bounded by what
+    /// `max_num_seqs` sequences of `max_model_len` could use.
+    pub kv_cache_memory: u64,
+    /// 1 plans the next step while one is computing; 0 plans after it. Worth it where the device is not this CPU.
+    pub pipeline_depth: u32,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            device: DeviceChoice::Auto,
+            dtype: DTypeChoice::Auto,
+            load_format: LoadFormat::Auto,
+            num_threads: 0,
+            kv_cache_memory: 0,
+            pipeline_depth: 0,
+        }
+    }
+}
+
+/// Budgets of the step and of the queue.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SchedulerSettings {
+    /// Most sequences that run at once. More raise throughput until the device is busy, and each costs KV memory.
+    pub max_num_seqs: u32,
+    /// Most tokens in a step. Lower keeps running streams smoother while prompts are computed, higher computes prompts
+    /// faster.
+    pub max_num_batched_tokens: u32,
+    /// Most tokens of prompt and output; 0 takes the model's own length, or what the KV cache has room for.
+    pub max_model_len: u32,
+    /// Tokens in a KV block: a multiple of 16.
+    pub block_size: u32,
+    /// Reuse the KV blocks of equal prefixes, within a tenant.
+    pub prefix_cache: bool,
+    /// Most prompt tokens that may wait; past it callers get 429. 0 is 16 times `max_model_len`.
+    pub max_waiting_tokens: u64,
+    /// Longest predicted wait in seconds; past it callers get 429. 0 is no bound.
+    pub max_waiting_seconds: u32,
+    /// `priority` runs lower priority numbers first, `fcfs` ignores them.
+    pub policy: PolicyChoice,
+}
+
+impl Default for SchedulerSettings {
+    fn default() -> Self {
+        Self {
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            max_model_len: 0,
+            block_size: 16,
+            prefix_cache: true,
+            max_waiting_tokens: 0,
+            max_waiting_seconds: 60,
+            policy: PolicyChoice::Priority,
+        }
+    }
+}

@@ -1,0 +1,421 @@
+//! The border between async callers and the engine's thread.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use quire_scheduler::{
+    AdapterId, CacheSalt, FinishReason, RequestId, SamplingParams, SchedulerStats, TenantId, Time, TokenLogprobs,
+};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::error::SubmitError;
+
+/// Most tokens whose log probability is reported beside the chosen one.
+pub const MAX_LOGPROBS: u32 = 128;
+/// Most submissions that wait for the next step boundary.
+const MAX_QUEUED_SUBMISSIONS: usize = 1024;
+
+/// What a caller asks the engine for; the engine gives it an id. Fields as in [`quire_scheduler::Request`].
+#[derive(Clone, Debug)]
+pub struct Submission {
+    /// Who asks.
+    pub tenant: TenantId,
+    /// The adapter to run with.
+    pub adapter: Option<AdapterId>,
+    /// Lower runs earlier.
+    pub priority: i32,
+    /// What separates its cached blocks from others'.
+    pub cache_salt: CacheSalt,
+    /// At least one token.
+    pub prompt: Arc<[u32]>,
+    /// Tokens that were generated elsewhere already.
+    pub generated: Vec<u32>,
+    /// Index of the first choice.
+    pub choice_offset: u32,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Most tokens to generate, those in `generated` counted in.
+    pub max_tokens: u32,
+    /// Stop tokens cannot be chosen before this many.
+    pub min_tokens: u32,
+    /// Tokens that end a choice.
+    pub stop_token_ids: Vec<u32>,
+    /// When to give up.
+    pub deadline: Option<Instant>,
+}
+
+/// What a [`TokenStream`] yields. Each choice ends with exactly one `Finished`, unless `Failed` ends all of them.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TokenEvent {
+    /// A choice runs for the first time; so many tokens of its prompt were in the prefix cache.
+    Scheduled { choice_index: u32, num_cached_tokens: u32 },
+    /// Log probabilities of a prompt token, in order of position.
+    PromptLogprobs { choice_index: u32, position: u32, logprobs: TokenLogprobs },
+    /// A generated token.
+    Token { choice_index: u32, token_id: u32, logprobs: Option<TokenLogprobs> },
+    /// The choice ended.
+    Finished { choice_index: u32, reason: FinishReason, num_generated_tokens: u32 },
+    /// The device failed or the engine stopped: every choice that was not finished ends here.
+    Failed,
+}
+
+/// The served model, as far as callers need to know it.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// As `config.json` names it.
+    pub architecture: String,
+    /// Token ids are below it.
+    pub vocab_size: u32,
+    /// Most tokens of prompt and output together.
+    pub max_model_len: u32,
+    /// SHA-256 over the model's configuration and weight headers: part of every cache salt.
+    pub digest: [u8; 32],
+    /// From `generation_config.json` and `config.json`.
+    pub eos_token_ids: Vec<u32>,
+    /// Weights and biases, those that are shared counted once.
+    pub num_parameters: u64,
+    /// Bytes that they take on the device.
+    pub weight_bytes: u64,
+    /// Bytes of the whole KV cache.
+    pub kv_cache_bytes: u64,
+    /// What weights and cache are stored as.
+    pub dtype: &'static str,
+    /// Where the model computes.
+    pub device: quire_kernels::DeviceInfo,
+    /// Why the device is not the one that `auto` prefers.
+    pub device_note: Option<String>,
+    /// Tokens in a KV block.
+    pub block_size: u32,
+    /// KV blocks of each group.
+    pub num_blocks: u32,
+    /// Most sequences in a step.
+    pub max_num_seqs: u32,
+    /// Most tokens in a step.
+    pub max_num_batched_tokens: u32,
+    /// Whether blocks of equal prefixes are reused.
+    pub prefix_cache: bool,
+}
+
+/// What the step clock says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EngineHealth {
+    /// No work, or the running step is within the time that a step should take.
+    Alive,
+    /// A step runs longer than it should: so long already.
+    Stalled { since: Duration },
+    /// The engine's thread ended.
+    Stopped,
+}
+
+/// The events of one request. Ends the request when dropped before its last event.
+pub struct TokenStream {
+    id: RequestId,
+    events: mpsc::Receiver<TokenEvent>,
+    shared: Arc<Shared>,
+    /// Choices that have not finished.
+    num_open: u32,
+}
+
+impl TokenStream {
+    /// The request's identity in this engine.
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    /// The next event; `None` after the last one. Nothing is lost when the future is dropped.
+    pub async fn next(&mut self) -> Option<TokenEvent> {
+        if self.num_open == 0 {
+            return None;
+        }
+        // The engine lets go of the other end when it stops.
+        let event = self.events.recv().await.unwrap_or(TokenEvent::Failed);
+        match event {
+            TokenEvent::Finished { .. } => self.num_open -= 1,
+            TokenEvent::Failed => self.num_open = 0,
+            _ => {}
+        }
+        Some(event)
+    }
+
+    /// Forgets the request: it was not taken.
+    pub(crate) fn disarm(&mut self) {
+        self.num_open = 0;
+    }
+}
+
+impl Drop for TokenStream {
+    fn drop(&mut self) {
+        if self.num_open > 0 {
+            self.shared.abort(self.id);
+        }
+    }
+}
+
+/// A running engine, to be cloned freely. The engine stops when the last clone is dropped or `shutdown` is called.
+#[derive(Clone)]
+pub struct EngineHandle {
+    guard: Arc<Guard>,
+}
+
+struct Guard {
+    shared: Arc<Shared>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.shared.shutdown();
+    }
+}
+
+impl EngineHandle {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { guard: Arc::new(Guard { shared }) }
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.guard.shared
+    }
+
+    /// Hands a request to the engine and waits for its answer, at most until the next step boundary. Dropping the
+    /// future ends the request.
+    pub async fn submit(&self, submission: Submission) -> Result<TokenStream, SubmitError> {
+        check(&submission, self.model())?;
+        let (reply, answer) = oneshot::channel();
+        self.shared().enqueue(submission, reply)?;
+        answer.await.unwrap_or(Err(SubmitError::Stopped))
+    }
+
+    /// Ends a request: its unfinished choices get `Finished` with `Cancelled` once their blocks are free. Unknown ids
+    /// are ignored.
+    pub fn abort(&self, id: RequestId) {
+        self.shared().abort(id);
+    }
+
+    /// The served model.
+    pub fn model(&self) -> &ModelInfo {
+        &self.shared().model
+    }
+
+    /// Counters as of the last step boundary.
+    pub fn stats(&self) -> SchedulerStats {
+        *lock(&self.shared().stats)
+    }
+
+    /// What the step clock says; `stall_after` is how long a step may take.
+    pub fn health(&self, stall_after: Duration) -> EngineHealth {
+        self.shared().health(stall_after)
+    }
+
+    /// Why the engine stopped, where that was not asked for.
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.shared().failure).clone()
+    }
+
+    /// Ends all requests with [`TokenEvent::Failed`] and the engine's thread, at the next step boundary.
+    pub fn shutdown(&self) {
+        self.shared().shutdown();
+    }
+}
+
+/// Refuses token ids that the model does not have, and more log probabilities than are kept room for. Everything else
+/// is the scheduler's to judge.
+fn check(submission: &Submission, model: &ModelInfo) -> Result<(), SubmitError> {
+    let refuse = |field, why| Err(quire_scheduler::SubmitError::Invalid { field, why }.into());
+    let past_vocab = |ids: &[u32]| ids.iter().any(|id| *id >= model.vocab_size);
+    let sampling = &submission.sampling;
+    const PAST_VOCAB: &str = "holds a token id that the model does not have";
+    if past_vocab(&submission.prompt) {
+        return refuse("prompt", PAST_VOCAB);
+    }
+    if past_vocab(&submission.generated) {
+        return refuse("generated", PAST_VOCAB);
+    }
+    if sampling.allowed_token_ids.as_deref().is_some_and(past_vocab) {
+        return refuse("allowed_token_ids", PAST_VOCAB);
+    }
+    if sampling.logit_bias.iter().any(|(id, _)| *id >= model.vocab_size) {
+        return refuse("logit_bias", PAST_VOCAB);
+    }
+    if sampling.bad_words.iter().any(|word| past_vocab(word)) {
+        return refuse("bad_words", PAST_VOCAB);
+    }
+    if sampling.logprobs.max(sampling.prompt_logprobs) > Some(MAX_LOGPROBS) {
+        return refuse("logprobs", "asks for more than 128 tokens");
+    }
+    Ok(())
+}
+
+/// What handles, streams and the engine's thread have in common.
+pub(crate) struct Shared {
+    pub(crate) model: ModelInfo,
+    inbox: Mutex<Inbox>,
+    wake: Condvar,
+    pub(crate) stats: Mutex<SchedulerStats>,
+    failure: Mutex<Option<String>>,
+    origin: Instant,
+    /// When the running step began, in microseconds since `origin` and one; 0 while there is no work.
+    busy_since: AtomicU64,
+    has_stopped: AtomicBool,
+}
+
+/// What waits for the next step boundary.
+struct Inbox {
+    /// At most [`MAX_QUEUED_SUBMISSIONS`].
+    submissions: VecDeque<QueuedSubmission>,
+    /// When each was asked for. At most one per request that was ever taken, and emptied at every boundary.
+    aborts: BTreeMap<RequestId, Instant>,
+    next_id: u64,
+    shutdown: bool,
+    is_open: bool,
+}
+
+/// A submission and whom to tell whether it was taken.
+pub(crate) struct QueuedSubmission {
+    pub submission: Submission,
+    pub stream: TokenStream,
+    pub events: mpsc::Sender<TokenEvent>,
+    pub reply: oneshot::Sender<Result<TokenStream, SubmitError>>,
+}
+
+/// What the engine's thread found in the inbox.
+#[derive(Default)]
+pub(crate) struct Commands {
+    pub submissions: Vec<QueuedSubmission>,
+    pub aborts: Vec<(RequestId, Instant)>,
+    pub shutdown: bool,
+}
+
+/// Whether to wait for a command where there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    No,
+    Yes,
+}
+
+impl Shared {
+    pub(crate) fn new(model: ModelInfo) -> Self {
+        let inbox =
+            Inbox { submissions: VecDeque::new(), aborts: BTreeMap::new(), next_id: 0, shutdown: false, is_open: true };
+        Self {
+            model,
+            inbox: Mutex::new(inbox),
+            wake: Condvar::new(),
+            stats: Mutex::new(SchedulerStats::default()),
+            failure: Mutex::new(None),
+            origin: Instant::now(),
+            busy_since: AtomicU64::new(0),
+            has_stopped: AtomicBool::new(false),
+        }
+    }
+
+    /// The scheduler's clock.
+    pub(crate) fn time(&self, at: Instant) -> Time {
+        let micros = at.saturating_duration_since(self.origin).as_micros();
+        Time(u64::try_from(micros).unwrap_or(u64::MAX))
+    }
+
+    fn enqueue(
+        self: &Arc<Self>,
+        submission: Submission,
+        reply: oneshot::Sender<Result<TokenStream, SubmitError>>,
+    ) -> Result<(), SubmitError> {
+        let (sender, receiver) = mpsc::channel(num_events(&submission, self.model.max_model_len));
+        let mut inbox = lock(&self.inbox);
+        if !inbox.is_open {
+            return Err(SubmitError::Stopped);
+        }
+        if inbox.submissions.len() >= MAX_QUEUED_SUBMISSIONS {
+            return Err(SubmitError::CommandQueueFull);
+        }
+        let id = RequestId(inbox.next_id);
+        inbox.next_id += 1;
+        let num_open = submission.sampling.num_choices;
+        let stream = TokenStream { id, events: receiver, shared: Arc::clone(self), num_open };
+        inbox.submissions.push_back(QueuedSubmission { submission, stream, events: sender, reply });
+        drop(inbox);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    fn abort(&self, id: RequestId) {
+        let mut inbox = lock(&self.inbox);
+        if inbox.is_open && id.0 < inbox.next_id {
+            inbox.aborts.entry(id).or_insert_with(Instant::now);
+            drop(inbox);
+            self.wake.notify_one();
+        }
+    }
+
+    fn shutdown(&self) {
+        lock(&self.inbox).shutdown = true;
+        self.wake.notify_one();
+    }
+
+    fn health(&self, stall_after: Duration) -> EngineHealth {
+        if self.has_stopped.load(Ordering::Acquire) {
+            return EngineHealth::Stopped;
+        }
+        let began = self.busy_since.load(Ordering::Acquire);
+        let now = self.time(Instant::now()).0;
+        let since = Duration::from_micros(now.saturating_sub(began.saturating_sub(1)));
+        if began == 0 || since <= stall_after { EngineHealth::Alive } else { EngineHealth::Stalled { since } }
+    }
+
+    /// The engine's thread begins a step.
+    pub(crate) fn begin_step(&self, now: Time) {
+        self.busy_since.store(now.0 + 1, Ordering::Release);
+    }
+
+    /// The engine's thread has nothing to do.
+    pub(crate) fn rest(&self) {
+        self.busy_since.store(0, Ordering::Release);
+    }
+
+    /// Takes all aborts and at most `max_submissions`, so that a flood of them delays a step by so much only.
+    pub(crate) fn take_commands(&self, wait: Wait, max_submissions: usize, commands: &mut Commands) {
+        commands.submissions.clear();
+        commands.aborts.clear();
+        let mut inbox = lock(&self.inbox);
+        while wait == Wait::Yes && inbox.submissions.is_empty() && inbox.aborts.is_empty() && !inbox.shutdown {
+            inbox = self.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner);
+        }
+        let num_taken = inbox.submissions.len().min(max_submissions);
+        commands.submissions.extend(inbox.submissions.drain(..num_taken));
+        while let Some(abort) = inbox.aborts.pop_first() {
+            commands.aborts.push(abort);
+        }
+        commands.shutdown = inbox.shutdown;
+    }
+
+    /// The engine's thread ends: nothing is taken any more, and what waits is answered.
+    pub(crate) fn stop(&self, failure: Option<String>) {
+        *lock(&self.failure) = failure;
+        let waiting = {
+            let mut inbox = lock(&self.inbox);
+            inbox.is_open = false;
+            inbox.aborts.clear();
+            std::mem::take(&mut inbox.submissions)
+        };
+        self.has_stopped.store(true, Ordering::Release);
+        // Without the lock: each stream that ends here asks for it.
+        for mut queued in waiting {
+            queued.stream.disarm();
+        }
+    }
+}
+
+/// Most events that a request can get, so that the engine never waits for its reader.
+fn num_events(submission: &Submission, max_model_len: u32) -> usize {
+    let sampling = &submission.sampling;
+    let prompt = if sampling.prompt_logprobs.is_some() { submission.prompt.len() } else { 0 };
+    let per_choice = submission.max_tokens.min(max_model_len) as usize + prompt + 4;
+    // The channel takes memory for events that are in it, not for those that could be.
+    per_choice.saturating_mul(sampling.num_choices as usize).clamp(1, tokio::sync::Semaphore::MAX_PERMITS)
+}
+
+/// State behind these locks is whole at every moment, so a panic elsewhere does not spoil it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

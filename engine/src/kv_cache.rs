@@ -1,0 +1,217 @@
+//! How much KV cache there is: blocks per group, and the length that they allow.
+
+use quire_kernels::{DType, KvLayout};
+use quire_scheduler::{KvGroup, KvGroupKind, SchedulerConfig};
+
+use crate::config::SchedulerSettings;
+use crate::error::EngineError;
+use crate::models::config::ModelConfig;
+
+/// Share of the free memory that the cache takes where nobody says how much, in percent.
+const FREE_MEMORY_PERCENT: u64 = 60;
+/// Where a system does not say how much memory is free.
+const UNKNOWN_FREE_BYTES: u64 = 4 << 30;
+/// Slots are `u32` on the device.
+const MAX_SLOTS: u64 = 1 << 31;
+
+/// How many bytes the cache may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Budget {
+    /// As configured: all of it.
+    Exact(u64),
+    /// A share of what is free, and no more than the configured sequences can use.
+    ShareOf(u64),
+}
+
+/// The cache as it will be allocated.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct KvPlan {
+    pub max_model_len: u32,
+    pub groups: Vec<KvGroup>,
+    /// One per group.
+    pub layouts: Vec<KvLayout>,
+    /// The window of each group.
+    pub windows: Vec<Option<u32>>,
+}
+
+impl KvPlan {
+    /// Plans the cache of `config`, stored as `dtype`.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        dtype: DType,
+        settings: &SchedulerSettings,
+        budget: Budget,
+    ) -> Result<Self, EngineError> {
+        let block_size = settings.block_size;
+        if block_size == 0 || block_size % 16 != 0 || block_size > 1024 {
+            return Err(config_error(
+                "scheduler.block_size",
+                format!("{block_size} is not a multiple of 16 up to 1024"),
+            ));
+        }
+        let wanted = wanted_model_len(config, settings)?;
+        let windows = config.kv_groups();
+        let shape = config.attention_shape();
+        let layout_of = |window: &Option<u32>, num_blocks: usize| KvLayout {
+            num_layers: config.facts.windows.iter().filter(|layer| *layer == window).count(),
+            num_blocks,
+            block_size: block_size as usize,
+            num_kv_heads: shape.num_kv_heads,
+            head_dim: shape.head_dim,
+            dtype,
+        };
+        let block_bytes: u64 = windows.iter().map(|window| layout_of(window, 1).block_bytes() as u64).sum();
+
+        // What one sequence of `len` tokens needs in the group that needs the most. All groups get as many blocks.
+        let kinds: Vec<KvGroupKind> = windows
+            .iter()
+            .map(|window| window.map_or(KvGroupKind::Full, |window| KvGroupKind::SlidingWindow { window }))
+            .collect();
+        let blocks_for = |len: u32| {
+            let sizes = SchedulerConfig {
+                max_model_len: len,
+                block_size,
+                max_num_batched_tokens: settings.max_num_batched_tokens,
+                ..SchedulerConfig::default()
+            };
+            kinds.iter().map(|kind| sizes.min_num_blocks(*kind)).max().expect("a model has layers")
+        };
+        let (bytes, most_blocks) = match budget {
+            Budget::Exact(bytes) => (bytes, u64::MAX),
+            Budget::ShareOf(free) => {
+                let useful = u64::from(settings.max_num_seqs) * u64::from(blocks_for(wanted));
+                (free / 100 * FREE_MEMORY_PERCENT, useful)
+            }
+        };
+        let limit = most_blocks.min(MAX_SLOTS / u64::from(block_size));
+        let num_blocks = (bytes / block_bytes).min(limit) as u32;
+
+        let room = num_blocks.saturating_mul(block_size);
+        let max_model_len = match settings.max_model_len {
+            _ if num_blocks >= blocks_for(wanted) => wanted,
+            0 if room >= 2 => wanted.min(room),
+            _ => {
+                let needed = u64::from(if settings.max_model_len == 0 { 1 } else { blocks_for(wanted) });
+                let why = format!(
+                    "{bytes} bytes are {num_blocks} blocks of {block_bytes} bytes ({block_size} tokens each); one sequence \
+                     of max_model_len {wanted} needs {needed} blocks, which are {} bytes",
+                    needed * block_bytes
+                );
+                return Err(config_error("engine.kv_cache_memory", why));
+            }
+        };
+        Ok(Self {
+            max_model_len,
+            groups: kinds.into_iter().map(|kind| KvGroup { kind, num_blocks }).collect(),
+            layouts: windows.iter().map(|window| layout_of(window, num_blocks as usize)).collect(),
+            windows,
+        })
+    }
+
+    pub(crate) fn total_bytes(&self) -> u64 {
+        self.layouts.iter().map(|layout| layout.total_bytes() as u64).sum()
+    }
+}
+
+/// The length that is served if memory allows: the configured one, or the model's own.
+pub(crate) fn wanted_model_len(config: &ModelConfig, settings: &SchedulerSettings) -> Result<u32, EngineError> {
+    let longest = config.rope.max_len;
+    match settings.max_model_len {
+        0 => Ok(longest),
+        len if len <= longest => Ok(len),
+        len => {
+            let why = format!("{len} is more than the model's own {longest}");
+            Err(config_error("scheduler.max_model_len", why))
+        }
+    }
+}
+
+fn config_error(field: &str, why: String) -> EngineError {
+    EngineError::Config { field: field.to_owned(), why }
+}
+
+/// Bytes that this process could still take: what the system has, within what its control group allows.
+pub(crate) fn free_memory() -> u64 {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let system = read("/proc/meminfo").and_then(|text| mem_available(&text)).unwrap_or(UNKNOWN_FREE_BYTES);
+    let number = |path: &str| read(path).and_then(|text| text.trim().parse::<u64>().ok());
+    match (number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")) {
+        (Some(max), Some(current)) => system.min(max.saturating_sub(current)),
+        _ => system,
+    }
+}
+
+fn mem_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const JSON: &str = r#"{"architectures":["MistralForCausalLM"],"hidden_size":64,"intermediate_size":96,
+        "num_hidden_layers":3,"num_attention_heads":4,"num_key_value_heads":2,"vocab_size":160,
+        "max_position_embeddings":256,"sliding_window":24,
+        "layer_types":["full_attention","sliding_attention","full_attention"]}"#;
+    /// Of one block of all three layers, in f32: K and V of 2 heads, 16 tokens, 16 dimensions.
+    const BLOCK_BYTES: u64 = 3 * 2 * 2 * 16 * 16 * 4;
+
+    fn plan(max_model_len: u32, budget: Budget) -> Result<KvPlan, EngineError> {
+        let mut config = ModelConfig::parse(JSON.as_bytes()).unwrap();
+        let settings = SchedulerSettings {
+            max_num_seqs: 4,
+            max_num_batched_tokens: 16,
+            max_model_len,
+            ..SchedulerSettings::default()
+        };
+        config.drop_long_windows(wanted_model_len(&config, &settings)?);
+        KvPlan::new(&config, DType::F32, &settings, budget)
+    }
+
+    #[test]
+    fn layers_of_one_kind_share_a_group() {
+        let plan = plan(0, Budget::Exact(40 * BLOCK_BYTES + 5)).unwrap();
+        assert_eq!(plan.windows, [None, Some(24)]);
+        assert_eq!(plan.layouts.iter().map(|layout| layout.num_layers).collect::<Vec<_>>(), [2, 1]);
+        assert_eq!(plan.groups.iter().map(|group| group.num_blocks).collect::<Vec<_>>(), [40, 40]);
+        assert_eq!(plan.total_bytes(), 40 * BLOCK_BYTES);
+        assert_eq!(plan.max_model_len, 256);
+    }
+
+    #[test]
+    fn a_window_as_long_as_the_model_is_none() {
+        let plan = plan(24, Budget::Exact(40 * BLOCK_BYTES)).unwrap();
+        assert_eq!(plan.windows, [None]);
+    }
+
+    #[test]
+    fn the_length_shrinks_to_what_has_room() {
+        assert_eq!(plan(0, Budget::Exact(10 * BLOCK_BYTES)).unwrap().max_model_len, 160);
+        assert_eq!(plan(100, Budget::Exact(10 * BLOCK_BYTES)).unwrap().max_model_len, 100);
+    }
+
+    #[test]
+    fn a_share_is_capped_by_what_the_sequences_can_use() {
+        let plan_of = |free| plan(0, Budget::ShareOf(free)).unwrap().groups[0].num_blocks;
+        assert_eq!(plan_of(1 << 40), 4 * 16);
+        assert_eq!(u64::from(plan_of(100 * BLOCK_BYTES)), FREE_MEMORY_PERCENT);
+    }
+
+    #[test]
+    fn numbers_say_why_nothing_fits() {
+        let error = plan(200, Budget::Exact(10 * BLOCK_BYTES)).unwrap_err().to_string();
+        assert!(error.contains("10 blocks") && error.contains("needs 13 blocks"), "{error}");
+        let error = plan(0, Budget::Exact(1000)).unwrap_err().to_string();
+        assert!(error.contains("0 blocks"), "{error}");
+        let error = plan(257, Budget::Exact(1 << 30)).unwrap_err().to_string();
+        assert!(error.contains("max_model_len") && error.contains("256"), "{error}");
+    }
+
+    #[test]
+    fn meminfo_is_read_in_kibibytes() {
+        assert_eq!(mem_available("MemTotal: 8 kB\nMemAvailable:   12 kB\n"), Some(12288));
+        assert_eq!(mem_available("MemTotal: 8 kB\n"), None);
+    }
+}

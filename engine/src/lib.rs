@@ -1,0 +1,96 @@
+//! Runs models: one step loop over scheduler and kernels, and a handle to submit requests to it.
+//!
+//! [`start`] loads a model and gives an [`EngineHandle`]; [`EngineHandle::submit`] gives a [`TokenStream`] per request.
+//! Between the two borders one thread owns all state:
+//!
+//! ```text
+//!  async callers            the engine's thread                                     device
+//!  submit, abort ──inbox──> scheduler.submit/abort ─> plan ──StepPlan──> Executor ──> Backend
+//!  TokenStream <──channel── events <───────────────── apply <─StepOutput─┘
+//! ```
+//! A request's channel has room for everything it can ever be sent, so the thread never waits for a reader. A stream
+//! that is dropped ends its request at the next step boundary. What the device computed for a request depends on the
+//! request alone: see [`quire_kernels::Backend`] for what makes that so, and `tests/reproducible.rs` for the proof.
+
+mod config;
+mod error;
+mod executor;
+mod handle;
+mod input_batch;
+mod kv_cache;
+mod model_executor;
+mod models;
+mod observer;
+mod sampler;
+mod source;
+mod step_loop;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod weights;
+
+pub use config::{DTypeChoice, DeviceChoice, EngineConfig, LoadFormat, PolicyChoice, SchedulerSettings};
+pub use error::{EngineError, SubmitError};
+pub use executor::Executor;
+pub use handle::{EngineHandle, EngineHealth, MAX_LOGPROBS, ModelInfo, Submission, TokenEvent, TokenStream};
+pub use observer::{StepObserver, StepReport};
+pub use quire_kernels::DeviceInfo;
+pub use quire_scheduler as scheduler;
+pub use source::{EmbeddedModel, ModelSource};
+
+use executor::Device;
+use model_executor::{Loaded, ModelExecutor};
+use quire_kernels::Backend;
+use quire_scheduler::{KvGroup, Policy, Scheduler, SchedulerConfig};
+
+/// Loads a model and starts its engine thread. Returns when the model is ready to serve: all memory is taken.
+///
+/// Fails with what is wrong with the files, the settings or the device; nothing is left behind then.
+pub fn start(
+    source: &ModelSource,
+    engine: &EngineConfig,
+    scheduler: &SchedulerSettings,
+    observer: Box<dyn StepObserver>,
+) -> Result<EngineHandle, EngineError> {
+    let (device, note) = executor::open_device(engine)?;
+    match device {
+        Device::Cpu(backend) => start_on(backend, source, engine, scheduler, observer, note),
+    }
+}
+
+fn start_on<B: Backend>(
+    backend: B,
+    source: &ModelSource,
+    engine: &EngineConfig,
+    settings: &SchedulerSettings,
+    observer: Box<dyn StepObserver>,
+    device_note: Option<String>,
+) -> Result<EngineHandle, EngineError> {
+    let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, device_note)?;
+    let scheduler = Scheduler::new(scheduler_config(&info, settings, kv_plan.groups))?;
+    step_loop::spawn(executor, scheduler, info, engine.pipeline_depth, observer)
+}
+
+/// The scheduler's budgets, where settings that are 0 follow from the model.
+fn scheduler_config(info: &ModelInfo, settings: &SchedulerSettings, kv_groups: Vec<KvGroup>) -> SchedulerConfig {
+    let max_waiting_tokens = match settings.max_waiting_tokens {
+        0 => 16 * u64::from(info.max_model_len),
+        tokens => tokens,
+    };
+    SchedulerConfig {
+        max_num_seqs: settings.max_num_seqs,
+        max_num_batched_tokens: settings.max_num_batched_tokens,
+        max_model_len: info.max_model_len,
+        block_size: settings.block_size,
+        kv_groups,
+        enable_prefix_cache: settings.prefix_cache,
+        max_waiting_tokens,
+        max_waiting_micros: match settings.max_waiting_seconds {
+            0 => None,
+            seconds => Some(u64::from(seconds) * 1_000_000),
+        },
+        policy: match settings.policy {
+            PolicyChoice::Fcfs => Policy::Fcfs,
+            PolicyChoice::Priority => Policy::Priority,
+        },
+    }
+}

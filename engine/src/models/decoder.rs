@@ -1,0 +1,359 @@
+//! The decoder that all served architectures share: attention and a gated MLP between RMS norms, written once over
+//! [`Backend`].
+//!
+//! All buffers are allocated when the model is loaded, for the largest step; a step allocates nothing.
+
+use quire_kernels::ops::embed::Embed;
+use quire_kernels::ops::gather_rows::GatherRows;
+use quire_kernels::ops::linear::{Epilogue, Linear};
+use quire_kernels::ops::paged_attention::PagedAttention;
+use quire_kernels::ops::rms_norm::RmsNorm;
+use quire_kernels::ops::rope_kv_write::{QkNorm, RopeKvWrite};
+use quire_kernels::ops::rope_table::RopeTable;
+use quire_kernels::{Backend, DType, KernelError, WeightLayout, WeightSource};
+
+use super::config::ModelConfig;
+use crate::error::EngineError;
+use crate::weights::{Tensor, Weights};
+
+/// Most rows whose logits exist at a time: the logits of a long prompt would be larger than the model.
+pub(crate) const LOGITS_TILE: usize = 64;
+
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+const LM_HEAD: &str = "lm_head.weight";
+
+/// One step's batch, on the device. Shapes as in the operations that read them.
+pub(crate) struct StepInputs<'a, B: Backend> {
+    pub num_tokens: usize,
+    pub num_seqs: usize,
+    pub token_table: &'a B::Buffer,
+    pub token_indices: &'a B::Buffer,
+    pub positions: &'a B::Buffer,
+    pub cu_seqlens: &'a B::Buffer,
+    pub context_lens: &'a B::Buffer,
+    pub rows: &'a B::Buffer,
+    /// One per KV group, like the tables and the caches.
+    pub slot_mapping: &'a [B::Buffer],
+    pub block_tables: &'a [B::Buffer],
+    pub max_num_blocks: usize,
+    pub kv: &'a mut [B::Kv],
+}
+
+/// A loaded model.
+pub(crate) struct Decoder<B: Backend> {
+    config: ModelConfig,
+    embedding: B::Weight,
+    /// `None` where the embedding is used for the output too.
+    lm_head: Option<B::Weight>,
+    layers: Vec<Layer<B>>,
+    final_norm: B::Buffer,
+    buffers: Buffers<B>,
+    size: ModelSize,
+}
+
+/// What a model takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ModelSize {
+    pub num_parameters: u64,
+    pub weight_bytes: u64,
+}
+
+struct Layer<B: Backend> {
+    input_norm: B::Buffer,
+    qkv: Projection<B>,
+    qk_norm: Option<[B::Buffer; 2]>,
+    o: Projection<B>,
+    post_norm: B::Buffer,
+    gate_up: Projection<B>,
+    down: Projection<B>,
+    window: Option<u32>,
+    /// Which KV group the layer belongs to, and its index there.
+    group: usize,
+    layer_in_group: usize,
+}
+
+struct Projection<B: Backend> {
+    weight: B::Weight,
+    bias: Option<B::Buffer>,
+}
+
+/// Activations, `[max_num_tokens, width]` each; the last three `[LOGITS_TILE, width]`.
+struct Buffers<B: Backend> {
+    hidden: B::Buffer,
+    normed: B::Buffer,
+    qkv: B::Buffer,
+    attention: B::Buffer,
+    mlp: B::Buffer,
+    cos_sin: B::Buffer,
+    gathered: B::Buffer,
+    gathered_normed: B::Buffer,
+    logits: B::Buffer,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Packs all weights as `dtype` and allocates buffers for steps of at most `max_num_tokens`. `kv_groups` are the
+    /// windows of the KV groups; every layer's window is one of them.
+    pub(crate) fn load(
+        backend: &mut B,
+        config: ModelConfig,
+        weights: &Weights,
+        dtype: DType,
+        max_num_tokens: usize,
+        kv_groups: &[Option<u32>],
+    ) -> Result<Self, EngineError> {
+        let mut loader = Loader { backend, weights, dtype, size: ModelSize::default() };
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let embedding = loader.stacked(&[(EMBEDDING.to_owned(), vocab)], hidden)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(loader.stacked(&[(LM_HEAD.to_owned(), vocab)], hidden)?),
+        };
+        let final_norm = loader.vectors(&[(FINAL_NORM.to_owned(), hidden)])?;
+        let mut layers_in_group = vec![0; kv_groups.len()];
+        let mut layers = Vec::with_capacity(config.num_layers);
+        for (index, &window) in config.facts.windows.iter().enumerate() {
+            let group = kv_groups.iter().position(|kind| *kind == window).expect("every window has its group");
+            let layer_in_group = layers_in_group[group];
+            layers_in_group[group] += 1;
+            layers.push(loader.layer(&config, index, window, group, layer_in_group)?);
+        }
+        let size = loader.size;
+        let buffers = Buffers::alloc(backend, &config, max_num_tokens)?;
+        Ok(Self { config, embedding, lm_head, layers, final_norm, buffers, size })
+    }
+
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(crate) fn size(&self) -> ModelSize {
+        self.size
+    }
+
+    /// The logits of the last [`Decoder::compute_logits`], `[LOGITS_TILE, vocab_size]`.
+    pub(crate) fn logits(&self) -> &B::Buffer {
+        &self.buffers.logits
+    }
+
+    /// Computes the hidden states of all tokens of a step, and writes their K and V.
+    pub(crate) fn forward(&mut self, backend: &mut B, inputs: StepInputs<'_, B>) -> Result<(), KernelError> {
+        let Self { config, embedding, layers, buffers, .. } = self;
+        let StepInputs { num_tokens, num_seqs, kv, .. } = inputs;
+        let (eps, dim, shape) = (config.rms_norm_eps, config.hidden_size, config.attention_shape());
+        let Buffers { hidden, normed, qkv, attention, mlp, cos_sin, .. } = buffers;
+
+        backend.rope_table(RopeTable {
+            positions: inputs.positions,
+            num_tokens,
+            frequencies: &config.rope.frequencies,
+            magnitude: config.rope.magnitude,
+            out: cos_sin,
+        })?;
+        backend.embed(Embed {
+            table: embedding,
+            token_table: inputs.token_table,
+            token_indices: inputs.token_indices,
+            num_tokens,
+            out: hidden,
+        })?;
+        for layer in layers {
+            let norm = RmsNorm { x: hidden, weight: &layer.input_norm, eps, num_rows: num_tokens, dim, out: normed };
+            backend.rms_norm(norm)?;
+            layer.qkv.apply(backend, normed, num_tokens, Epilogue::Store, qkv)?;
+            backend.rope_kv_write(RopeKvWrite {
+                qkv,
+                num_tokens,
+                shape,
+                cos_sin,
+                qk_norm: layer.qk_norm.as_ref().map(|[q_weight, k_weight]| QkNorm { q_weight, k_weight, eps }),
+                slot_mapping: &inputs.slot_mapping[layer.group],
+                kv: &mut kv[layer.group],
+                layer: layer.layer_in_group,
+            })?;
+            backend.paged_attention(PagedAttention {
+                qkv,
+                num_tokens,
+                num_seqs,
+                shape,
+                scale: (shape.head_dim as f32).sqrt().recip(),
+                window: layer.window,
+                cu_seqlens_q: inputs.cu_seqlens,
+                context_lens: inputs.context_lens,
+                block_tables: &inputs.block_tables[layer.group],
+                max_num_blocks: inputs.max_num_blocks,
+                rows: inputs.rows,
+                kv: &kv[layer.group],
+                layer: layer.layer_in_group,
+                out: attention,
+            })?;
+            // The residual stream is a rank's own sum: with several ranks, all but the first store where this adds, and
+            // the sum over ranks is the stream again.
+            layer.o.apply(backend, attention, num_tokens, Epilogue::Add, hidden)?;
+            backend.all_reduce(hidden)?;
+            let norm = RmsNorm { x: hidden, weight: &layer.post_norm, eps, num_rows: num_tokens, dim, out: normed };
+            backend.rms_norm(norm)?;
+            layer.gate_up.apply(backend, normed, num_tokens, Epilogue::SwiGlu, mlp)?;
+            layer.down.apply(backend, mlp, num_tokens, Epilogue::Add, hidden)?;
+            backend.all_reduce(hidden)?;
+        }
+        Ok(())
+    }
+
+    /// Logits of the tokens of the last step at `indices[offset..offset + num_rows]`; at most [`LOGITS_TILE`] rows.
+    pub(crate) fn compute_logits(
+        &mut self,
+        backend: &mut B,
+        indices: &B::Buffer,
+        offset: usize,
+        num_rows: usize,
+    ) -> Result<(), KernelError> {
+        let Self { config, embedding, lm_head, final_norm, buffers, .. } = self;
+        let Buffers { hidden, gathered, gathered_normed, logits, .. } = buffers;
+        let (eps, dim) = (config.rms_norm_eps, config.hidden_size);
+        backend.gather_rows(GatherRows { x: hidden, dim, indices, indices_offset: offset, num_rows, out: gathered })?;
+        backend.rms_norm(RmsNorm { x: gathered, weight: final_norm, eps, num_rows, dim, out: gathered_normed })?;
+        backend.linear(Linear {
+            x: gathered_normed,
+            num_rows,
+            weight: lm_head.as_ref().unwrap_or(embedding),
+            bias: None,
+            epilogue: Epilogue::Store,
+            out: logits,
+        })
+    }
+}
+
+impl<B: Backend> Projection<B> {
+    fn apply(
+        &self,
+        backend: &mut B,
+        x: &B::Buffer,
+        num_rows: usize,
+        epilogue: Epilogue,
+        out: &mut B::Buffer,
+    ) -> Result<(), KernelError> {
+        backend.linear(Linear { x, num_rows, weight: &self.weight, bias: self.bias.as_ref(), epilogue, out })
+    }
+}
+
+impl<B: Backend> Buffers<B> {
+    fn alloc(backend: &mut B, config: &ModelConfig, max_num_tokens: usize) -> Result<Self, KernelError> {
+        let shape = config.attention_shape();
+        let tile = LOGITS_TILE;
+        let mut alloc = |rows: usize, width: usize| backend.alloc(DType::F32, rows * width);
+        Ok(Self {
+            hidden: alloc(max_num_tokens, config.hidden_size)?,
+            normed: alloc(max_num_tokens, config.hidden_size)?,
+            qkv: alloc(max_num_tokens, shape.qkv_len())?,
+            attention: alloc(max_num_tokens, shape.q_len())?,
+            mlp: alloc(max_num_tokens, config.intermediate_size)?,
+            cos_sin: alloc(max_num_tokens, shape.head_dim)?,
+            gathered: alloc(tile, config.hidden_size)?,
+            gathered_normed: alloc(tile, config.hidden_size)?,
+            logits: alloc(tile, config.vocab_size)?,
+        })
+    }
+}
+
+/// Reads tensors and packs them, one weight at a time.
+struct Loader<'a, B: Backend> {
+    backend: &'a mut B,
+    weights: &'a Weights,
+    dtype: DType,
+    size: ModelSize,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layer(
+        &mut self,
+        config: &ModelConfig,
+        index: usize,
+        window: Option<u32>,
+        group: usize,
+        layer_in_group: usize,
+    ) -> Result<Layer<B>, EngineError> {
+        let facts = &config.facts;
+        let shape = config.attention_shape();
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let kv_len = shape.num_kv_heads * shape.head_dim;
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let qkv = [
+            (name("self_attn.q_proj"), shape.q_len()),
+            (name("self_attn.k_proj"), kv_len),
+            (name("self_attn.v_proj"), kv_len),
+        ];
+        let gate_up = [(name("mlp.gate_proj"), intermediate), (name("mlp.up_proj"), intermediate)];
+        let o = [(name("self_attn.o_proj"), hidden)];
+        let down = [(name("mlp.down_proj"), hidden)];
+        let qk_norm = match facts.qk_norm {
+            None => None,
+            Some([q, k]) => {
+                Some([self.vectors(&[(name(q), shape.head_dim)])?, self.vectors(&[(name(k), shape.head_dim)])?])
+            }
+        };
+        Ok(Layer {
+            input_norm: self.vectors(&[(name("input_layernorm.weight"), hidden)])?,
+            qkv: self.projection(&qkv, hidden, WeightLayout::Stacked, facts.qkv_bias)?,
+            qk_norm,
+            o: self.projection(&o, shape.q_len(), WeightLayout::Stacked, facts.o_bias)?,
+            post_norm: self.vectors(&[(name("post_attention_layernorm.weight"), hidden)])?,
+            gate_up: self.projection(&gate_up, hidden, WeightLayout::GateUp, facts.mlp_bias)?,
+            down: self.projection(&down, intermediate, WeightLayout::Stacked, facts.mlp_bias)?,
+            window,
+            group,
+            layer_in_group,
+        })
+    }
+
+    /// Modules `(name, out_features)` fused to one weight, with their biases one after the other.
+    fn projection(
+        &mut self,
+        modules: &[(String, usize)],
+        in_features: usize,
+        layout: WeightLayout,
+        has_bias: bool,
+    ) -> Result<Projection<B>, EngineError> {
+        let named = |suffix: &str| -> Vec<(String, usize)> {
+            modules.iter().map(|(name, len)| (format!("{name}.{suffix}"), *len)).collect()
+        };
+        let weight = self.weight(&named("weight"), in_features, layout)?;
+        let bias = if has_bias { Some(self.vectors(&named("bias"))?) } else { None };
+        Ok(Projection { weight, bias })
+    }
+
+    fn stacked(&mut self, parts: &[(String, usize)], in_features: usize) -> Result<B::Weight, EngineError> {
+        self.weight(parts, in_features, WeightLayout::Stacked)
+    }
+
+    fn weight(
+        &mut self,
+        parts: &[(String, usize)],
+        in_features: usize,
+        layout: WeightLayout,
+    ) -> Result<B::Weight, EngineError> {
+        let tensors: Vec<Tensor<'_>> = parts
+            .iter()
+            .map(|(name, out_features)| self.weights.matrix(name, *out_features, in_features))
+            .collect::<Result<_, _>>()?;
+        let source = WeightSource { parts: tensors.iter().map(Tensor::host).collect(), layout, dtype: self.dtype };
+        let out_features: usize = parts.iter().map(|(_, len)| len).sum();
+        self.size.num_parameters += (out_features * in_features) as u64;
+        self.size.weight_bytes += self.backend.weight_bytes(out_features, in_features, self.dtype) as u64;
+        Ok(self.backend.pack_weight(&source)?)
+    }
+
+    /// Vectors one after the other in one buffer.
+    fn vectors(&mut self, parts: &[(String, usize)]) -> Result<B::Buffer, EngineError> {
+        let len: usize = parts.iter().map(|(_, len)| len).sum();
+        let mut buffer = self.backend.alloc(DType::F32, len)?;
+        let mut offset = 0;
+        for (name, len) in parts {
+            self.backend.write_f32(&mut buffer, offset, &self.weights.vector(name, *len)?.to_f32())?;
+            offset += len;
+        }
+        self.size.num_parameters += len as u64;
+        self.size.weight_bytes += (len * DType::F32.size()) as u64;
+        Ok(buffer)
+    }
+}

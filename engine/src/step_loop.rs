@@ -1,0 +1,280 @@
+//! The one engine thread: take commands, plan, compute, apply, publish.
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quire_scheduler::{Event, EventKind, Request, RequestId, Scheduler, StepPlan, Time};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+
+use crate::error::{EngineError, SubmitError};
+use crate::executor::Executor;
+use crate::handle::{Commands, EngineHandle, ModelInfo, QueuedSubmission, Shared, TokenEvent, Wait, lock};
+use crate::observer::{StepObserver, StepReport};
+
+/// Submissions taken between two steps: what is left waits for the next boundary, so that a flood of them does not
+/// hold up those who run.
+const MAX_SUBMISSIONS_PER_STEP: usize = 64;
+
+/// Starts the thread. `pipeline_depth` is how many steps may be in flight while the next is planned: 0 or 1.
+pub(crate) fn spawn<E: Executor>(
+    executor: E,
+    scheduler: Scheduler,
+    model: ModelInfo,
+    pipeline_depth: u32,
+    observer: Box<dyn StepObserver>,
+) -> Result<EngineHandle, EngineError> {
+    if pipeline_depth > 1 {
+        return Err(EngineError::Config {
+            field: "engine.pipeline_depth".to_owned(),
+            why: format!("{pipeline_depth} is not 0 or 1"),
+        });
+    }
+    let shared = Arc::new(Shared::new(model));
+    *lock(&shared.stats) = scheduler.stats();
+    let mut step_loop = StepLoop {
+        known_lens: vec![0; scheduler.config().max_num_seqs as usize],
+        scheduler,
+        executor,
+        shared: Arc::clone(&shared),
+        observer,
+        pipeline_depth: pipeline_depth as usize,
+        live: HashMap::new(),
+        in_flight: VecDeque::with_capacity(2),
+        events: Vec::new(),
+        commands: Commands::default(),
+    };
+    let run = move || {
+        let end = catch_unwind(AssertUnwindSafe(|| step_loop.run()));
+        let failure = match end {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(payload) => Some(format!("panic: {}", panic_message(&*payload))),
+        };
+        if let Some(cause) = &failure {
+            // The observer may be what panicked.
+            let _ = catch_unwind(AssertUnwindSafe(|| step_loop.observer.failed(cause)));
+        }
+        step_loop.shared.stop(failure);
+        // Only now, so that whoever sees a stream fail sees an engine that stopped: the senders of all live streams go
+        // with the loop.
+        drop(step_loop);
+    };
+    std::thread::Builder::new().name("quire-engine".to_owned()).spawn(run).map_err(|error| EngineError::Config {
+        field: "engine".to_owned(),
+        why: format!("no thread could be started: {error}"),
+    })?;
+    Ok(EngineHandle::new(shared))
+}
+
+fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
+    if let Some(message) = payload.downcast_ref::<&str>() {
+        message
+    } else {
+        payload.downcast_ref::<String>().map_or("without a message", String::as_str)
+    }
+}
+
+struct StepLoop<E: Executor> {
+    scheduler: Scheduler,
+    executor: E,
+    shared: Arc<Shared>,
+    observer: Box<dyn StepObserver>,
+    pipeline_depth: usize,
+    live: HashMap<RequestId, LiveRequest>,
+    /// Oldest first.
+    in_flight: VecDeque<LaunchedStep>,
+    /// Per row: tokens that the sequence had when it was admitted. What is computed past them is decoding.
+    known_lens: Vec<u32>,
+    events: Vec<Event>,
+    commands: Commands,
+}
+
+/// A request that was taken and has not ended.
+struct LiveRequest {
+    events: mpsc::Sender<TokenEvent>,
+    /// Choices that have not finished.
+    num_open: u32,
+    /// When a cancellation was first asked for.
+    cancelled_at: Option<Instant>,
+}
+
+struct LaunchedStep {
+    plan: StepPlan,
+    num_decodes: u32,
+    plan_time: Duration,
+    launch_time: Duration,
+}
+
+impl<E: Executor> StepLoop<E> {
+    /// Until shutdown is asked for, or the device fails.
+    fn run(&mut self) -> Result<(), EngineError> {
+        loop {
+            let wait = if self.scheduler.has_work() { Wait::No } else { Wait::Yes };
+            if wait == Wait::Yes {
+                self.scheduler.check_invariants();
+                *lock(&self.shared.stats) = self.scheduler.stats();
+                self.shared.rest();
+            }
+            self.shared.take_commands(wait, MAX_SUBMISSIONS_PER_STEP, &mut self.commands);
+            if self.commands.shutdown {
+                return Ok(());
+            }
+            let now = self.now();
+            self.shared.begin_step(now);
+            self.obey(now);
+            self.publish();
+            if self.scheduler.has_work() {
+                self.step()?;
+            }
+        }
+    }
+
+    fn now(&self) -> Time {
+        self.shared.time(Instant::now())
+    }
+
+    /// Carries out what was asked since the last step.
+    fn obey(&mut self, now: Time) {
+        let mut commands = std::mem::take(&mut self.commands);
+        for queued in commands.submissions.drain(..) {
+            self.submit(queued, now);
+        }
+        for (id, asked_at) in commands.aborts.drain(..) {
+            if let Some(live) = self.live.get_mut(&id) {
+                live.cancelled_at.get_or_insert(asked_at);
+                self.scheduler.abort(id);
+            }
+        }
+        self.commands = commands;
+    }
+
+    fn submit(&mut self, queued: QueuedSubmission, now: Time) {
+        let QueuedSubmission { submission, mut stream, events, reply } = queued;
+        let id = stream.id();
+        let num_choices = submission.sampling.num_choices;
+        let request = Request {
+            id,
+            tenant: submission.tenant,
+            adapter: submission.adapter,
+            priority: submission.priority,
+            cache_salt: submission.cache_salt,
+            prompt: submission.prompt,
+            generated: submission.generated,
+            choice_offset: submission.choice_offset,
+            sampling: submission.sampling,
+            max_tokens: submission.max_tokens,
+            min_tokens: submission.min_tokens,
+            stop_token_ids: submission.stop_token_ids,
+            deadline: submission.deadline.map(|at| self.shared.time(at)),
+        };
+        // Where nobody waits for the answer any more, the stream comes back and is dropped, which ends the request.
+        match self.scheduler.submit(request, now) {
+            Ok(()) => {
+                self.live.insert(id, LiveRequest { events, num_open: num_choices, cancelled_at: None });
+                drop(reply.send(Ok(stream)));
+            }
+            Err(error) => {
+                stream.disarm();
+                drop(reply.send(Err(SubmitError::Scheduler(error))));
+            }
+        }
+    }
+
+    /// Plans and launches a step; takes in those that are due.
+    fn step(&mut self) -> Result<(), EngineError> {
+        let began = Instant::now();
+        let plan = self.scheduler.plan(self.shared.time(began));
+        let planned = Instant::now();
+        let num_decodes = self.count_decodes(&plan);
+        self.executor.launch(&plan)?;
+        // With nothing to compute there is nothing to overlap: what is in flight is all there is to wait for.
+        let depth = if plan.is_empty() { 0 } else { self.pipeline_depth };
+        let (plan_time, launch_time) = (planned - began, planned.elapsed());
+        self.in_flight.push_back(LaunchedStep { plan, num_decodes, plan_time, launch_time });
+        self.publish();
+        while self.in_flight.len() > depth {
+            self.finish_oldest()?;
+        }
+        Ok(())
+    }
+
+    fn count_decodes(&mut self, plan: &StepPlan) -> u32 {
+        for admission in &plan.admitted {
+            let len = admission.request.prompt.len() + admission.generated.len();
+            self.known_lens[admission.row.0 as usize] = len as u32;
+        }
+        let decodes = |sequence: &&quire_scheduler::ScheduledSequence| {
+            sequence.num_computed_tokens >= self.known_lens[sequence.row.0 as usize]
+        };
+        plan.sequences.iter().filter(decodes).count() as u32
+    }
+
+    /// Waits for the oldest step in flight, applies it and publishes what came of it.
+    fn finish_oldest(&mut self) -> Result<(), EngineError> {
+        let began = Instant::now();
+        let LaunchedStep { plan, num_decodes, plan_time, launch_time } =
+            self.in_flight.pop_front().expect("a step is in flight");
+        let mut output = self.executor.collect()?;
+        let collected = Instant::now();
+        let is_empty = plan.is_empty();
+        let num_prefill_tokens = plan.num_scheduled_tokens - num_decodes;
+        let num_sampled_tokens = output.token_ids.len() as u32;
+        self.scheduler.apply(plan, &mut output, self.shared.time(collected));
+        self.executor.recycle(output);
+        self.publish();
+        if !is_empty {
+            let stats = self.scheduler.stats();
+            *lock(&self.shared.stats) = stats;
+            self.observer.step(&StepReport {
+                num_decodes,
+                num_prefill_tokens,
+                num_sampled_tokens,
+                plan: plan_time,
+                execute: launch_time + (collected - began),
+                apply: collected.elapsed(),
+                stats,
+            });
+        }
+        Ok(())
+    }
+
+    /// Forwards what happened to whoever waits for it.
+    fn publish(&mut self) {
+        self.scheduler.drain_events(&mut self.events);
+        let mut events = std::mem::take(&mut self.events);
+        for event in events.drain(..) {
+            self.forward(event);
+        }
+        self.events = events;
+    }
+
+    fn forward(&mut self, event: Event) {
+        let Event { request: id, choice_index, kind } = event;
+        let Some(live) = self.live.get_mut(&id) else { return };
+        let event = match kind {
+            EventKind::Preempted => return,
+            EventKind::Scheduled { num_cached_tokens } => TokenEvent::Scheduled { choice_index, num_cached_tokens },
+            EventKind::PromptLogprobs { position, logprobs } => {
+                TokenEvent::PromptLogprobs { choice_index, position, logprobs }
+            }
+            EventKind::Token { token_id, logprobs } => TokenEvent::Token { choice_index, token_id, logprobs },
+            EventKind::Finished { reason, num_generated_tokens } => {
+                live.num_open -= 1;
+                TokenEvent::Finished { choice_index, reason, num_generated_tokens }
+            }
+        };
+        let sent = live.events.try_send(event);
+        let has_room = !matches!(sent, Err(TrySendError::Full(_)));
+        assert!(has_room, "a request's channel has room for all its events");
+        if live.num_open == 0 {
+            let cancelled_at = live.cancelled_at;
+            self.live.remove(&id);
+            if let Some(asked_at) = cancelled_at {
+                self.observer.cancel_to_free(asked_at.elapsed());
+            }
+        }
+    }
+}
