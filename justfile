@@ -1,0 +1,42 @@
+# Every command that the project is worked on with. `just` alone lists them.
+
+default:
+    @just --list --unsorted
+
+# What must hold before a commit.
+check: fmt-check clippy test doc deny
+
+fmt:
+    cargo fmt --all
+
+fmt-check:
+    cargo fmt --all --check
+
+clippy:
+    cargo clippy --workspace --all-targets -- -D warnings
+
+test:
+    cargo test
+
+# Only the tests that speak HTTP and gRPC to a running server.
+e2e:
+    cargo test -p quire-tests -p quire-router
+
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+deny:
+    cargo deny check bans licenses sources
+
+# Throughput of operations, scheduler and step; figures go to benches/RESULTS.md.
+bench:
+    cargo bench --workspace
+    cargo run --release -- bench scheduler
+
+# Remakes the parity fixtures; needs Python with torch and transformers.
+fixtures:
+    python3 tests/fixtures/make_parity.py
+
+# Trains the demo model anew; at most two hours on two cores. Needs Python with torch, transformers and tokenizers.
+demo:
+    python3 router/demo/train.py

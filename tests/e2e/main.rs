@@ -1,0 +1,3 @@
+//! End-to-end tests: real HTTP and gRPC against a running server, one binary for all of them.
+
+mod crate_graph;
