@@ -339,6 +339,78 @@ impl<B: Backend> ModelExecutor<B> {
     }
 }
 
+#[cfg(feature = "testing")]
+impl<B: Backend> ModelExecutor<B> {
+    pub(crate) fn shape(&self) -> &TableShape {
+        &self.shape
+    }
+
+    /// Logits of all positions of a prompt, computed in row 0 and the first blocks by steps of at most `chunk_len`.
+    pub(crate) fn prompt_logits(&mut self, prompt: &[u32], chunk_len: usize) -> Result<Vec<f32>, KernelError> {
+        use quire_scheduler::{
+            BlockId, CacheSalt, Request, RequestId, RowId, SamplingParams, ScheduledSequence, TenantId,
+        };
+        let request = Request {
+            id: RequestId(0),
+            tenant: TenantId(0),
+            adapter: None,
+            priority: 0,
+            cache_salt: CacheSalt::default(),
+            prompt: prompt.into(),
+            generated: Vec::new(),
+            choice_offset: 0,
+            sampling: SamplingParams::default(),
+            max_tokens: 1,
+            min_tokens: 0,
+            stop_token_ids: Vec::new(),
+            deadline: None,
+        };
+        let mut logits = vec![0.0; prompt.len() * self.vocab_size];
+        let mut first = 0;
+        while first < prompt.len() {
+            let len = chunk_len.min(prompt.len() - first);
+            let blocks = |len: usize| len.div_ceil(self.shape.block_size);
+            let new_blocks: Vec<BlockId> = (blocks(first)..blocks(first + len))
+                .flat_map(|block| vec![BlockId(block as u32); self.shape.num_kv_groups])
+                .collect();
+            let admission = Admission {
+                row: RowId(0),
+                request: std::sync::Arc::new(request.clone()),
+                choice_index: 0,
+                generated: Vec::new(),
+            };
+            let plan = StepPlan {
+                step_id: StepId(0),
+                released: Vec::new(),
+                admitted: if first == 0 { vec![admission] } else { Vec::new() },
+                sequences: vec![ScheduledSequence {
+                    row: RowId(0),
+                    num_computed_tokens: first as u32,
+                    num_scheduled_tokens: len as u32,
+                    new_blocks: 0..new_blocks.len() as u32,
+                    samples: false,
+                }],
+                new_blocks,
+                num_scheduled_tokens: len as u32,
+            };
+            self.batch.build(&plan);
+            for admission in &plan.admitted {
+                self.admit(admission)?;
+            }
+            self.batch.gather.extend(0..len as u32);
+            self.forward()?;
+            for offset in (0..len).step_by(LOGITS_TILE) {
+                let num_rows = LOGITS_TILE.min(len - offset);
+                self.decoder.compute_logits(&mut self.backend, &self.tables.gather, offset, num_rows)?;
+                let rows = (first + offset) * self.vocab_size..(first + offset + num_rows) * self.vocab_size;
+                self.backend.read_f32(self.decoder.logits(), 0, &mut logits[rows])?;
+            }
+            first += len;
+        }
+        Ok(logits)
+    }
+}
+
 impl<B: Backend> Executor for ModelExecutor<B> {
     fn launch(&mut self, plan: &StepPlan) -> Result<(), EngineError> {
         assert!(self.in_flight.len() < MAX_IN_FLIGHT, "a step is collected before the one after the next is launched");
