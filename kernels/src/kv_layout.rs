@@ -1,13 +1,19 @@
 //! Where a token's K and V lie in a block of the cache.
 
-use crate::DType;
+use crate::{DType, KernelError};
+
+/// Largest `head_dim` that attention is written for.
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// `block_size` is a multiple of this: the tokens of one vector lie in one block.
+pub const BLOCK_SIZE_MULTIPLE: usize = 16;
 
 /// Layout of one KV group's cache; the only place that turns (layer, block, head, offset, dimension) into an index.
 ///
-/// Bytes of one layer of one block, per KV head: K as `[head_dim / 2][block_size][2]`, so that for a pair of dimensions
-/// the tokens of a block lie side by side in one vector and a query pair is broadcast over them; then V as
-/// `[block_size / 2][head_dim][2]`, so that for a pair of tokens the dimensions lie side by side. With `F32` the pairs
-/// are not interleaved: K is `[head_dim][block_size]`, V is `[block_size][head_dim]`.
+/// Numbers are ordered by layer, block, KV head; then, per head of a block, K as `[head_dim / 2][block_size][2]`, so
+/// that for a pair of dimensions the tokens of a block lie side by side in one vector and a query pair is broadcast over
+/// them; then V as `[block_size / 2][head_dim][2]`, so that for a pair of tokens the dimensions lie side by side. With
+/// `F32` the pairs are not interleaved: K is `[head_dim][block_size]`, V is `[block_size][head_dim]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     pub num_layers: usize,
@@ -21,7 +27,50 @@ pub struct KvLayout {
     pub dtype: DType,
 }
 
+/// A place in the cache, before the dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvPlace {
+    pub layer: usize,
+    pub block: usize,
+    pub kv_head: usize,
+    /// Of the token in its block.
+    pub offset: usize,
+}
+
 impl KvLayout {
+    /// Refuses what no device can hold or read: zero sizes, a block size that is not a multiple of 16, an odd or too
+    /// large `head_dim`, a type other than `F32` and `Bf16`, slots that do not fit a `u32`.
+    pub fn validate(&self) -> Result<(), KernelError> {
+        const OP: &str = "kv_layout";
+        if !matches!(self.dtype, DType::F32 | DType::Bf16) {
+            return Err(KernelError::Type { op: OP, argument: "dtype", found: self.dtype.name() });
+        }
+        let sizes = [
+            ("num_layers", self.num_layers),
+            ("num_blocks", self.num_blocks),
+            ("block_size", self.block_size),
+            ("num_kv_heads", self.num_kv_heads),
+            ("head_dim", self.head_dim),
+        ];
+        if let Some((argument, found)) = sizes.into_iter().find(|&(_, size)| size == 0) {
+            return Err(KernelError::Shape { op: OP, argument, expected: 1, found });
+        }
+        if !self.block_size.is_multiple_of(BLOCK_SIZE_MULTIPLE) {
+            let expected = self.block_size.next_multiple_of(BLOCK_SIZE_MULTIPLE);
+            return Err(KernelError::Shape { op: OP, argument: "block_size", expected, found: self.block_size });
+        }
+        if !self.head_dim.is_multiple_of(2) || self.head_dim > MAX_HEAD_DIM {
+            let expected = self.head_dim.next_multiple_of(2).min(MAX_HEAD_DIM);
+            return Err(KernelError::Shape { op: OP, argument: "head_dim", expected, found: self.head_dim });
+        }
+        let num_slots = self.num_blocks as u64 * self.block_size as u64;
+        if num_slots > u64::from(u32::MAX) {
+            let limit = u64::from(u32::MAX);
+            return Err(KernelError::Range { op: OP, argument: "num_blocks", value: num_slots, limit });
+        }
+        Ok(())
+    }
+
     /// Numbers that one block takes in one layer: K and V of all heads.
     pub const fn block_len(&self) -> usize {
         2 * self.num_kv_heads * self.block_size * self.head_dim
@@ -35,5 +84,102 @@ impl KvLayout {
     /// Bytes of the whole cache.
     pub const fn total_bytes(&self) -> usize {
         self.num_blocks * self.block_bytes()
+    }
+
+    /// Tokens that fit.
+    pub const fn num_slots(&self) -> usize {
+        self.num_blocks * self.block_size
+    }
+
+    /// Index of the first number of K of one head of a block; V of that head starts [`Self::v_offset`] later.
+    pub const fn head_index(&self, layer: usize, block: usize, kv_head: usize) -> usize {
+        ((layer * self.num_blocks + block) * self.num_kv_heads + kv_head) * 2 * self.block_size * self.head_dim
+    }
+
+    /// Numbers from the first of K to the first of V of one head of a block.
+    pub const fn v_offset(&self) -> usize {
+        self.block_size * self.head_dim
+    }
+
+    /// Index of one number of K.
+    pub const fn k_index(&self, place: KvPlace, dim: usize) -> usize {
+        let pack = self.pack();
+        let pair = (dim / pack) * self.block_size + place.offset;
+        self.head_index(place.layer, place.block, place.kv_head) + pair * pack + dim % pack
+    }
+
+    /// Index of one number of V.
+    pub const fn v_index(&self, place: KvPlace, dim: usize) -> usize {
+        let pack = self.pack();
+        let pair = (place.offset / pack) * self.head_dim + dim;
+        self.head_index(place.layer, place.block, place.kv_head) + self.v_offset() + pair * pack + place.offset % pack
+    }
+
+    /// Numbers interleaved in 4 bytes.
+    const fn pack(&self) -> usize {
+        4 / self.dtype.size()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(dtype: DType) -> KvLayout {
+        KvLayout { num_layers: 2, num_blocks: 3, block_size: 16, num_kv_heads: 2, head_dim: 6, dtype }
+    }
+
+    #[test]
+    fn indices_are_a_permutation_of_the_cache() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let layout = layout(dtype);
+            let mut seen = vec![false; layout.total_bytes() / dtype.size()];
+            for layer in 0..2 {
+                for block in 0..3 {
+                    for kv_head in 0..2 {
+                        for offset in 0..16 {
+                            let place = KvPlace { layer, block, kv_head, offset };
+                            for dim in 0..6 {
+                                for index in [layout.k_index(place, dim), layout.v_index(place, dim)] {
+                                    assert!(!std::mem::replace(&mut seen[index], true), "{place:?} {dim}");
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            assert!(seen.into_iter().all(|seen| seen));
+        }
+    }
+
+    #[test]
+    fn neighbours_lie_as_documented() {
+        let place = KvPlace { layer: 0, block: 0, kv_head: 0, offset: 4 };
+        let next = KvPlace { offset: 5, ..place };
+        let pairs = layout(DType::Bf16);
+        assert_eq!(pairs.k_index(place, 1), pairs.k_index(place, 0) + 1);
+        assert_eq!(pairs.k_index(next, 0), pairs.k_index(place, 0) + 2);
+        assert_eq!(pairs.v_index(next, 0), pairs.v_index(place, 0) + 1);
+        assert_eq!(pairs.v_index(place, 1), pairs.v_index(place, 0) + 2);
+        let single = layout(DType::F32);
+        assert_eq!(single.k_index(next, 0), single.k_index(place, 0) + 1);
+        assert_eq!(single.v_index(place, 1), single.v_index(place, 0) + 1);
+    }
+
+    #[test]
+    fn impossible_layouts_are_named() {
+        let good = layout(DType::Bf16);
+        assert_eq!(good.validate(), Ok(()));
+        let argument = |layout: KvLayout| match layout.validate() {
+            Err(KernelError::Shape { argument, .. } | KernelError::Type { argument, .. }) => argument,
+            Err(KernelError::Range { argument, .. }) => argument,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(argument(KvLayout { num_layers: 0, ..good }), "num_layers");
+        assert_eq!(argument(KvLayout { block_size: 24, ..good }), "block_size");
+        assert_eq!(argument(KvLayout { head_dim: 7, ..good }), "head_dim");
+        assert_eq!(argument(KvLayout { head_dim: 258, ..good }), "head_dim");
+        assert_eq!(argument(KvLayout { dtype: DType::F16, ..good }), "dtype");
+        assert_eq!(argument(KvLayout { num_blocks: 1 << 28, ..good }), "num_blocks");
     }
 }

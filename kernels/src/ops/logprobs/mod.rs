@@ -1,8 +1,11 @@
 //! Log probabilities of given and of most likely tokens.
 
 pub(crate) mod cpu;
+#[cfg(feature = "testing")]
+pub mod reference;
 
-use crate::Backend;
+use crate::ops::{at_least, below};
+use crate::{Backend, KernelError};
 
 /// One row of logits whose log probabilities are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,4 +30,29 @@ pub struct Logprobs<'a, B: Backend> {
     pub num_top: usize,
     pub out_values: &'a mut B::Buffer,
     pub out_ids: &'a mut B::Buffer,
+}
+
+/// Numbers in each buffer.
+pub(crate) struct Lens {
+    pub(crate) logits: usize,
+    pub(crate) out_values: usize,
+    pub(crate) out_ids: usize,
+}
+
+impl<B: Backend> Logprobs<'_, B> {
+    pub(crate) const OP: &'static str = "logprobs";
+
+    /// What every device refuses.
+    pub(crate) fn check(&self, lens: Lens) -> Result<(), KernelError> {
+        at_least(Self::OP, "vocab_size", 1, self.vocab_size)?;
+        below(Self::OP, "num_top", self.num_top as u64, self.vocab_size + 1)?;
+        let num_rows = lens.logits / self.vocab_size;
+        for at in self.rows {
+            below(Self::OP, "logits_row", at.logits_row, num_rows)?;
+            below(Self::OP, "token_id", at.token_id, self.vocab_size)?;
+        }
+        let len = self.rows.len().saturating_mul(1 + self.num_top);
+        at_least(Self::OP, "out_values", len, lens.out_values)?;
+        at_least(Self::OP, "out_ids", len, lens.out_ids)
+    }
 }

@@ -1,7 +1,152 @@
-use super::RopeKvWrite;
-use crate::KernelError;
-use crate::cpu::CpuBackend;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-pub(crate) fn rope_kv_write(_backend: &mut CpuBackend, _args: RopeKvWrite<'_, CpuBackend>) -> Result<(), KernelError> {
-    Err(KernelError::Device { device: "cpu", cause: "rope_kv_write is not there yet".to_owned() })
+use super::{Lens, RopeKvWrite};
+use crate::cpu::lanes::{Lanes, Vectorized, bf16_bits, vectorize};
+use crate::cpu::thread_pool::SharedMut;
+use crate::cpu::{CpuBackend, CpuKv};
+use crate::kv_layout::{KvPlace, MAX_HEAD_DIM};
+use crate::ops::all_below;
+use crate::ops::rms_norm::cpu::normalize;
+use crate::{DType, KernelError, KvLayout};
+
+/// Numbers that are worth waking another thread for.
+const MIN_NUMBERS_PER_THREAD: usize = 8 * 1024;
+
+pub(crate) fn rope_kv_write(backend: &mut CpuBackend, args: RopeKvWrite<'_, CpuBackend>) -> Result<(), KernelError> {
+    const OP: &str = RopeKvWrite::<CpuBackend>::OP;
+    let layout = *args.kv.layout();
+    args.check(
+        Lens {
+            qkv: args.qkv.len(),
+            cos_sin: args.cos_sin.len(),
+            slot_mapping: args.slot_mapping.len(),
+            qk_norm: args.qk_norm.as_ref().map(|norm| [norm.q_weight.len(), norm.k_weight.len()]),
+        },
+        &layout,
+    )?;
+    let RopeKvWrite { num_tokens, shape, layer, .. } = args;
+    let (qkv_len, head_dim, group_len) = (shape.qkv_len(), shape.head_dim, shape.group_len());
+    let cos_sin = args.cos_sin.f32(OP, "cos_sin")?;
+    let slots = &args.slot_mapping.u32(OP, "slot_mapping")?[..num_tokens];
+    all_below(OP, "slot_mapping", slots, layout.num_slots())?;
+    let norm = match &args.qk_norm {
+        Some(norm) => {
+            let q_weight = &norm.q_weight.f32(OP, "q_weight")?[..head_dim];
+            let k_weight = &norm.k_weight.f32(OP, "k_weight")?[..head_dim];
+            Some(Norm { q_weight, k_weight, eps: norm.eps })
+        }
+        None => None,
+    };
+    let qkv = SharedMut::new(&mut args.qkv.f32_mut(OP, "qkv")?[..num_tokens * qkv_len]);
+    let cache = Cache::new(args.kv, OP)?;
+    let isa = backend.isa;
+
+    // One item is a KV head of a token and the queries of its group.
+    let num_items = num_tokens * shape.num_kv_heads;
+    let item_len = (group_len + 2) * head_dim;
+    backend.pool.run_ranges(num_items, MIN_NUMBERS_PER_THREAD.div_ceil(item_len), &|_, items| {
+        for item in items {
+            let (token, kv_head) = (item / shape.num_kv_heads, item % shape.num_kv_heads);
+            let row = token * qkv_len;
+            let q_start = row + kv_head * group_len * head_dim;
+            let k_start = row + shape.q_len() + kv_head * head_dim;
+            let v_start = k_start + shape.num_kv_heads * head_dim;
+            let slot = slots[token] as usize;
+            let (block, offset) = (slot / layout.block_size, slot % layout.block_size);
+            // SAFETY: an item is in one thread's range, and queries, keys and values of different items are different
+            // parts of the rows.
+            let (q, k, v) = unsafe {
+                (
+                    qkv.slice_mut(q_start..q_start + group_len * head_dim),
+                    qkv.slice_mut(k_start..k_start + head_dim),
+                    qkv.slice_mut(v_start..v_start + head_dim),
+                )
+            };
+            let cos_sin = &cos_sin[token * head_dim..][..head_dim];
+            let place = KvPlace { layer, block, kv_head, offset };
+            vectorize(isa, Item { q, k, v, cos_sin, norm, cache: &cache, layout: &layout, place });
+        }
+    });
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct Norm<'a> {
+    q_weight: &'a [f32],
+    k_weight: &'a [f32],
+    eps: f32,
+}
+
+/// The cache as numbers that several threads may write: tokens of different threads lie side by side in it, and whether
+/// slots differ is the caller's promise, which memory safety must not rest on. A relaxed store is a plain one.
+enum Cache<'a> {
+    F32(&'a [AtomicU32]),
+    Bf16(&'a [AtomicU16]),
+}
+
+impl<'a> Cache<'a> {
+    fn new(kv: &'a mut CpuKv, op: &'static str) -> Result<Self, KernelError> {
+        if kv.layout().dtype == DType::F32 {
+            let numbers = std::ptr::from_mut(kv.f32_mut(op)?);
+            // SAFETY: an atomic has the size, alignment and bits of its number, and the borrow is exclusive.
+            Ok(Self::F32(unsafe { &*(numbers as *const [AtomicU32]) }))
+        } else {
+            let numbers = std::ptr::from_mut(kv.bf16_mut(op)?);
+            // SAFETY: as above.
+            Ok(Self::Bf16(unsafe { &*(numbers as *const [AtomicU16]) }))
+        }
+    }
+
+    #[inline(always)]
+    fn write(&self, index: usize, x: f32) {
+        match self {
+            Self::F32(numbers) => numbers[index].store(x.to_bits(), Ordering::Relaxed),
+            Self::Bf16(numbers) => numbers[index].store(bf16_bits(x), Ordering::Relaxed),
+        }
+    }
+}
+
+struct Item<'a> {
+    q: &'a mut [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    cos_sin: &'a [f32],
+    norm: Option<Norm<'a>>,
+    cache: &'a Cache<'a>,
+    layout: &'a KvLayout,
+    place: KvPlace,
+}
+
+impl Vectorized for Item<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let head_dim = self.k.len();
+        for q in self.q.chunks_exact_mut(head_dim) {
+            if let Some(norm) = self.norm {
+                normalize(simd, q, norm.q_weight, norm.eps);
+            }
+            rotate(q, self.cos_sin);
+        }
+        let mut k = [0.0; MAX_HEAD_DIM];
+        let k = &mut k[..head_dim];
+        k.copy_from_slice(self.k);
+        if let Some(norm) = self.norm {
+            normalize(simd, k, norm.k_weight, norm.eps);
+        }
+        rotate(k, self.cos_sin);
+        for (dim, (&k, &v)) in k.iter().zip(self.v).enumerate() {
+            self.cache.write(self.layout.k_index(self.place, dim), k);
+            self.cache.write(self.layout.v_index(self.place, dim), v);
+        }
+    }
+}
+
+/// Turns dimension i with i + head_dim / 2.
+#[inline(always)]
+fn rotate(x: &mut [f32], cos_sin: &[f32]) {
+    let (first, second) = x.split_at_mut(x.len() / 2);
+    for ((a, b), &[cos, sin]) in first.iter_mut().zip(second).zip(cos_sin.as_chunks::<2>().0) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
 }

@@ -1,8 +1,12 @@
 //! Logits to tokens.
 
 pub(crate) mod cpu;
+pub mod philox;
+#[cfg(feature = "testing")]
+pub mod reference;
 
-use crate::Backend;
+use crate::ops::{all_below, at_least, below};
+use crate::{Backend, KernelError};
 
 /// Sizes of the sampler's tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +18,12 @@ pub struct SamplerShape {
 }
 
 /// How tokens of one row are chosen. Applied in this order: mask, bad words, stop tokens below `min_tokens`, bias,
-/// penalties, temperature, then the filters top-k, min-p, typical-p, top-p, each on what the one before left.
+/// penalties (repetition, then frequency and presence), temperature, then the filters top-k, min-p, typical-p, top-p,
+/// each on what the one before left, its probabilities scaled to a sum of 1.
+///
+/// Top-k and top-p take tokens by falling probability, lower id first among equals, and so cut through equals; top-p stops
+/// with the token that reaches it. Typical-p takes them by how far their surprise is from the mean, lower id first among
+/// equals (Meister et al. 2022). Each leaves at least one token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplerRow<'a> {
     /// Tokens of the row's prompt; those behind it were generated.
@@ -26,11 +35,18 @@ pub struct SamplerRow<'a> {
     pub temperature: f32,
     /// 0 keeps all.
     pub top_k: u32,
+    /// 1 keeps all.
     pub top_p: f32,
+    /// Least probability relative to the largest; 0 keeps all.
     pub min_p: f32,
+    /// 1 keeps all.
     pub typical_p: f32,
+    /// Above 0. Logits of tokens of the prompt and of generated ones are divided by it where positive, else multiplied;
+    /// 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Taken from the logits of generated tokens.
     pub presence_penalty: f32,
+    /// Taken from the logits of generated tokens once for each time.
     pub frequency_penalty: f32,
     /// Added to single logits; ids below `vocab_size`.
     pub bias: &'a [(u32, f32)],
@@ -64,9 +80,9 @@ pub const NON_FINITE: u32 = u32::MAX;
 ///
 /// Writes the chosen token, or [`NON_FINITE`], to `out[out_offset + i]` (`U32`). A row whose logits hold NaN, positive
 /// infinity, or nothing but negative infinity is not finite. A mask, bias or bad word that leaves nothing to choose is
-/// reported the same way.
-/// Generator: Philox4x32-10 (Salmon et al. 2011), one draw per (seed, choice, position); the draw is compared with
-/// running sums in ascending order of token id.
+/// reported the same way; the token table gets token 0 then, so that a step planned already can still be computed.
+/// Generator: Philox4x32-10 (Salmon et al. 2011), one draw per (seed, choice, position), see [`philox::uniform`]; the draw
+/// times the sum of probabilities is compared with running sums in ascending order of token id.
 pub struct Sample<'a, B: Backend> {
     pub sampler: &'a mut B::Sampler,
     pub logits: &'a B::Buffer,
@@ -74,4 +90,92 @@ pub struct Sample<'a, B: Backend> {
     pub token_table: &'a mut B::Buffer,
     pub out: &'a mut B::Buffer,
     pub out_offset: usize,
+}
+
+impl SamplerShape {
+    /// Words of a mask.
+    pub const fn num_mask_words(&self) -> usize {
+        self.vocab_size.div_ceil(32)
+    }
+
+    /// What every device refuses.
+    pub(crate) fn check(&self) -> Result<(), KernelError> {
+        const OP: &str = "alloc_sampler";
+        at_least(OP, "max_num_seqs", 1, self.max_num_seqs)?;
+        at_least(OP, "max_model_len", 1, self.max_model_len)?;
+        at_least(OP, "vocab_size", 1, self.vocab_size)?;
+        // The largest id says that there is none.
+        below(OP, "vocab_size", self.vocab_size as u64, NON_FINITE as usize)
+    }
+}
+
+impl SamplerRow<'_> {
+    pub(crate) const OP: &'static str = "set_sampler_row";
+
+    /// What every device refuses. Of numbers that are not finite, or negative where that has no meaning, the error shows
+    /// the bits: those of all others are below the bits of infinity.
+    pub(crate) fn check(&self, row: u32, shape: &SamplerShape) -> Result<(), KernelError> {
+        let op = Self::OP;
+        let infinity = f32::INFINITY.to_bits() as usize;
+        below(op, "row", row, shape.max_num_seqs)?;
+        let positive = [
+            ("temperature", self.temperature),
+            ("top_p", self.top_p),
+            ("min_p", self.min_p),
+            ("typical_p", self.typical_p),
+            ("repetition_penalty", self.repetition_penalty),
+            ("presence_penalty", self.presence_penalty.abs()),
+            ("frequency_penalty", self.frequency_penalty.abs()),
+        ];
+        for (argument, value) in positive {
+            // Adding zero makes a negative zero a positive one.
+            below(op, argument, (value + 0.0).to_bits(), infinity)?;
+        }
+        if self.repetition_penalty == 0.0 {
+            return Err(KernelError::Range { op, argument: "repetition_penalty", value: 0, limit: 0 });
+        }
+        below(op, "min_p", self.min_p.to_bits(), 1.0_f32.to_bits() as usize + 1)?;
+        for &(id, value) in self.bias {
+            below(op, "bias", id, shape.vocab_size)?;
+            // Negative infinity bans a token.
+            if value != f32::NEG_INFINITY {
+                below(op, "bias", value.abs().to_bits(), infinity)?;
+            }
+        }
+        if let Some(mask) = self.mask
+            && mask.len() != shape.num_mask_words()
+        {
+            let (expected, found) = (shape.num_mask_words(), mask.len());
+            return Err(KernelError::Shape { op, argument: "mask", expected, found });
+        }
+        all_below(op, "stop_token_ids", self.stop_token_ids, shape.vocab_size)?;
+        for word in self.bad_words {
+            at_least(op, "bad_words", 1, word.len())?;
+            all_below(op, "bad_words", word, shape.vocab_size)?;
+        }
+        Ok(())
+    }
+}
+
+/// Numbers in each buffer.
+pub(crate) struct Lens {
+    pub(crate) logits: usize,
+    pub(crate) token_table: usize,
+    pub(crate) out: usize,
+}
+
+impl<B: Backend> Sample<'_, B> {
+    pub(crate) const OP: &'static str = "sample";
+
+    /// What every device refuses.
+    pub(crate) fn check(&self, lens: Lens, shape: &SamplerShape) -> Result<(), KernelError> {
+        at_least(Self::OP, "logits", self.rows.len().saturating_mul(shape.vocab_size), lens.logits)?;
+        at_least(Self::OP, "token_table", shape.max_num_seqs * shape.max_model_len, lens.token_table)?;
+        at_least(Self::OP, "out", self.out_offset.saturating_add(self.rows.len()), lens.out)?;
+        for at in self.rows {
+            below(Self::OP, "row", at.row, shape.max_num_seqs)?;
+            below(Self::OP, "num_tokens", at.num_tokens, shape.max_model_len + 1)?;
+        }
+        Ok(())
+    }
 }

@@ -1,0 +1,127 @@
+//! Log probabilities on every instruction set against their meaning.
+
+use quire_kernels::cpu::CpuBackend;
+use quire_kernels::ops::logprobs::{Logprobs, LogprobsAt, reference};
+use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends};
+use quire_kernels::{Backend, DType, KernelError};
+
+/// The sum of up to 152k exponentials is off by 4e-7 of itself, so its logarithm by that; the result is rounded once.
+const TOLERANCE: Tolerance = Tolerance { abs: 5e-7, rel: 1e-7 };
+
+fn logprobs(
+    backend: &mut CpuBackend,
+    logits: &[f32],
+    vocab_size: usize,
+    rows: &[LogprobsAt],
+    num_top: usize,
+) -> (Vec<f32>, Vec<u32>) {
+    let len = rows.len() * (1 + num_top);
+    let mut buffer = backend.alloc(DType::F32, logits.len()).expect("room");
+    backend.write_f32(&mut buffer, 0, logits).expect("it fits");
+    let mut out_values = backend.alloc(DType::F32, len).expect("room");
+    let mut out_ids = backend.alloc(DType::U32, len).expect("room");
+    let args =
+        Logprobs { logits: &buffer, vocab_size, rows, num_top, out_values: &mut out_values, out_ids: &mut out_ids };
+    backend.logprobs(args).expect("shapes fit");
+    let (mut values, mut ids) = (vec![0.0; len], vec![0; len]);
+    backend.read_f32(&out_values, 0, &mut values).expect("it fits");
+    backend.read_u32(&out_ids, 0, &mut ids).expect("it fits");
+    (values, ids)
+}
+
+#[test]
+fn close_to_the_reference_with_exact_ranks() {
+    let mut rng = Rng::new(1);
+    for vocab_size in [1, 5, 16, 17, 33, 1000, 151_936] {
+        let mut logits: Vec<f32> = rng.normals(2 * vocab_size).iter().map(|x| x * 5.0).collect();
+        // The second row has many equals, and tokens that cannot be.
+        for x in &mut logits[vocab_size..] {
+            *x = if *x > 8.0 { f32::NEG_INFINITY } else { (*x / 4.0).round() + 0.0 };
+        }
+        if vocab_size < 3 {
+            logits[vocab_size..].fill(1.0);
+        }
+        for num_top in [0, 1, 5, 20, vocab_size].into_iter().filter(|&num_top| num_top <= vocab_size) {
+            let mut rows = Vec::new();
+            for logits_row in [1, 0] {
+                for _ in 0..3 {
+                    rows.push(LogprobsAt { logits_row, token_id: rng.below(vocab_size) as u32 });
+                }
+            }
+            let (mut expected_values, mut expected_ids) = (Vec::new(), Vec::new());
+            for row in &rows {
+                let logits = &logits[row.logits_row as usize * vocab_size..][..vocab_size];
+                let (value, rank, top) = reference::logprobs(logits, row.token_id, num_top);
+                expected_values.push(value);
+                expected_ids.push(rank);
+                expected_values.extend(top.iter().map(|&(_, value)| value));
+                expected_ids.extend(top.iter().map(|&(id, _)| id));
+            }
+            for mut backend in cpu_backends(&[1, 2]) {
+                let (values, ids) = logprobs(&mut backend, &logits, vocab_size, &rows, num_top);
+                assert_close(&values, &expected_values, TOLERANCE);
+                assert_eq!(ids, expected_ids, "{} {vocab_size} {num_top}", backend.isa());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_any_batch() {
+    let mut rng = Rng::new(2);
+    let (vocab_size, num_rows) = (3001, 9);
+    let logits = rng.outliers(num_rows * vocab_size);
+    let rows: Vec<LogprobsAt> = (0..num_rows as u32).map(|row| LogprobsAt { logits_row: row, token_id: row }).collect();
+    for backends in cpu_backends(&[1, 2, 3]).chunks_mut(3) {
+        let mut alone = (Vec::new(), Vec::new());
+        for (row, logits) in logits.chunks(vocab_size).enumerate() {
+            let at = [LogprobsAt { logits_row: 0, token_id: row as u32 }];
+            let (values, ids) = logprobs(&mut backends[0], logits, vocab_size, &at, 7);
+            alone.0.extend(values);
+            alone.1.extend(ids);
+        }
+        for backend in backends {
+            assert_eq!(logprobs(backend, &logits, vocab_size, &rows, 7), alone);
+        }
+    }
+}
+
+#[test]
+fn rows_that_are_not_finite_end_without_harm() {
+    for mut backend in cpu_backends(&[1]) {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for logits in [vec![bad; 40], [vec![1.0; 39], vec![bad]].concat()] {
+                let at = [LogprobsAt { logits_row: 0, token_id: 39 }];
+                let (_, ids) = logprobs(&mut backend, &logits, 40, &at, 40);
+                let mut top = ids[1..].to_vec();
+                top.sort_unstable();
+                assert!(top.iter().copied().eq(0..40), "{ids:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let mut backend = cpu_backends(&[1]).remove(0);
+    let logits = backend.alloc(DType::F32, 2 * 10).expect("room");
+    let mut out_values = backend.alloc(DType::F32, 4).expect("room");
+    let mut out_ids = backend.alloc(DType::U32, 4).expect("room");
+    let mut refused = |logits_row, token_id, num_top| {
+        let rows = [LogprobsAt { logits_row, token_id }];
+        let args = Logprobs {
+            logits: &logits,
+            vocab_size: 10,
+            rows: &rows,
+            num_top,
+            out_values: &mut out_values,
+            out_ids: &mut out_ids,
+        };
+        backend.logprobs(args).expect_err("refused")
+    };
+    let op = "logprobs";
+    assert_eq!(refused(2, 0, 1), KernelError::Range { op, argument: "logits_row", value: 2, limit: 2 });
+    assert_eq!(refused(1, 10, 1), KernelError::Range { op, argument: "token_id", value: 10, limit: 10 });
+    assert_eq!(refused(1, 9, 11), KernelError::Range { op, argument: "num_top", value: 11, limit: 11 });
+    assert_eq!(refused(1, 9, 4), KernelError::Shape { op, argument: "out_values", expected: 5, found: 4 });
+}

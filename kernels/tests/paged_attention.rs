@@ -1,0 +1,496 @@
+//! Attention on every instruction set against its meaning, and bit by bit against itself in other batches.
+
+use half::bf16;
+use quire_kernels::cpu::{CpuBackend, CpuKv};
+use quire_kernels::kv_layout::KvPlace;
+use quire_kernels::ops::paged_attention::{PagedAttention, reference};
+use quire_kernels::ops::rope_kv_write::AttentionShape;
+use quire_kernels::testing::{POISON, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends};
+use quire_kernels::{Backend, DType, KernelError, KvLayout};
+
+const LAYER: usize = 1;
+
+/// A table entry that nothing may read.
+const NO_BLOCK: u32 = u32::MAX;
+
+/// Queries, keys and values of a sequence from its first token on, and the blocks that hold it.
+struct Seq {
+    /// `[len, qkv_len]`
+    qkv: Vec<f32>,
+    blocks: Vec<u32>,
+}
+
+/// Sequences of one cache.
+struct World {
+    shape: AttentionShape,
+    layout: KvLayout,
+    window: Option<u32>,
+    scale: f32,
+    seqs: Vec<Seq>,
+}
+
+/// New tokens `from..to` of a sequence, with `to` tokens in the cache.
+#[derive(Clone, Copy)]
+struct Step {
+    seq: usize,
+    from: usize,
+    to: usize,
+}
+
+impl World {
+    /// Sequences of these lengths in shuffled blocks, the first of which are shared by every two neighbours.
+    fn new(rng: &mut Rng, shape: AttentionShape, block_size: usize, dtype: DType, lens: &[usize]) -> Self {
+        let num_blocks = lens.iter().map(|len| len.div_ceil(block_size)).sum::<usize>() + 3;
+        let AttentionShape { num_kv_heads, head_dim, .. } = shape;
+        let layout = KvLayout { num_layers: 2, num_blocks, block_size, num_kv_heads, head_dim, dtype };
+        let mut free = rng.permutation(num_blocks);
+        let mut seqs: Vec<Seq> = Vec::new();
+        for (index, &len) in lens.iter().enumerate() {
+            let mut seq = Seq { qkv: rng.normals(len * shape.qkv_len()), blocks: Vec::new() };
+            if index % 2 == 1 {
+                // One whole block in common, where both have one.
+                let before = &seqs[index - 1];
+                if before.qkv.len().min(seq.qkv.len()) >= block_size * shape.qkv_len() {
+                    let shared = block_size * shape.qkv_len();
+                    seq.qkv[..shared].copy_from_slice(&before.qkv[..shared]);
+                    seq.blocks.push(before.blocks[0]);
+                }
+            }
+            while seq.blocks.len() < len.div_ceil(block_size) {
+                seq.blocks.push(free.pop().expect("enough blocks"));
+            }
+            seqs.push(seq);
+        }
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        Self { shape, layout, window: None, scale, seqs }
+    }
+
+    fn poisoned_cache(&self, backend: &mut CpuBackend) -> CpuKv {
+        let mut kv = backend.alloc_kv(&self.layout).expect("room");
+        match self.layout.dtype {
+            DType::F32 => kv.f32_mut("test").expect("f32").fill(POISON),
+            _ => kv.bf16_mut("test").expect("bf16").fill(bf16::from_f32(POISON).to_bits()),
+        }
+        kv
+    }
+
+    /// Writes K and V of tokens `from..to`.
+    fn write(&self, kv: &mut CpuKv, seq: usize, from: usize, to: usize) {
+        let AttentionShape { num_kv_heads, head_dim, .. } = self.shape;
+        for position in from..to {
+            let row = &self.seqs[seq].qkv[position * self.shape.qkv_len()..][..self.shape.qkv_len()];
+            let (k, v) = row[self.shape.q_len()..].split_at(num_kv_heads * head_dim);
+            let block = self.seqs[seq].blocks[position / self.layout.block_size] as usize;
+            for kv_head in 0..num_kv_heads {
+                let place = KvPlace { layer: LAYER, block, kv_head, offset: position % self.layout.block_size };
+                for dim in 0..head_dim {
+                    let index = kv_head * head_dim + dim;
+                    for (at, x) in
+                        [(self.layout.k_index(place, dim), k[index]), (self.layout.v_index(place, dim), v[index])]
+                    {
+                        match self.layout.dtype {
+                            DType::F32 => kv.f32_mut("test").expect("f32")[at] = x,
+                            _ => kv.bf16_mut("test").expect("bf16")[at] = bf16::from_f32(x).to_bits(),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// First position that any token of the step sees.
+    fn first_visible(&self, step: Step) -> usize {
+        self.window.map_or(0, |window| (step.from + 1).saturating_sub(window as usize))
+    }
+
+    /// A cache that holds what the steps may look at, and NaN.
+    fn cache(&self, backend: &mut CpuBackend, steps: &[Step]) -> CpuKv {
+        let mut kv = self.poisoned_cache(backend);
+        for &step in steps {
+            self.write(&mut kv, step.seq, self.first_visible(step), step.to);
+        }
+        kv
+    }
+
+    /// The table's row: only the blocks that the step may look at.
+    fn table(&self, step: Step, max_num_blocks: usize) -> Vec<u32> {
+        let used = self.first_visible(step) / self.layout.block_size..step.to.div_ceil(self.layout.block_size);
+        (0..max_num_blocks)
+            .map(|index| if used.contains(&index) { self.seqs[step.seq].blocks[index] } else { NO_BLOCK })
+            .collect()
+    }
+
+    fn attend(&self, backend: &mut CpuBackend, kv: &CpuKv, steps: &[Step]) -> Vec<f32> {
+        let mut qkv = Vec::new();
+        let (mut cu_seqlens_q, mut context_lens) = (vec![0], Vec::new());
+        let max_num_blocks = steps.iter().map(|step| step.to.div_ceil(self.layout.block_size)).max().unwrap_or(0) + 2;
+        // Rows of the table are in reverse order, with one that nobody uses.
+        let mut tables = vec![NO_BLOCK; max_num_blocks];
+        let mut rows = Vec::new();
+        for (index, &step) in steps.iter().enumerate() {
+            let (start, end) = (step.from * self.shape.qkv_len(), step.to * self.shape.qkv_len());
+            qkv.extend_from_slice(&self.seqs[step.seq].qkv[start..end]);
+            cu_seqlens_q.push(cu_seqlens_q[index] + (step.to - step.from) as u32);
+            context_lens.push(step.to as u32);
+            rows.push((steps.len() - index) as u32);
+        }
+        for &step in steps.iter().rev() {
+            tables.extend(self.table(step, max_num_blocks));
+        }
+        let num_tokens = qkv.len() / self.shape.qkv_len();
+        // K and V of the rows are not looked at: they are in the cache.
+        for row in qkv.chunks_mut(self.shape.qkv_len()) {
+            row[self.shape.q_len()..].fill(POISON);
+        }
+        let mut qkv_buffer = backend.alloc(DType::F32, qkv.len()).expect("room");
+        backend.write_f32(&mut qkv_buffer, 0, &qkv).expect("it fits");
+        let mut upload = |data: &[u32]| {
+            let mut buffer = backend.alloc(DType::U32, data.len()).expect("room");
+            backend.write_u32(&mut buffer, 0, data).expect("it fits");
+            buffer
+        };
+        let (cu_seqlens_q, context_lens) = (upload(&cu_seqlens_q), upload(&context_lens));
+        let (block_tables, rows) = (upload(&tables), upload(&rows));
+        let mut result = vec![POISON; num_tokens * self.shape.q_len()];
+        let mut out = backend.alloc(DType::F32, result.len()).expect("room");
+        backend.write_f32(&mut out, 0, &result).expect("it fits");
+        backend
+            .paged_attention(PagedAttention {
+                qkv: &qkv_buffer,
+                num_tokens,
+                num_seqs: steps.len(),
+                shape: self.shape,
+                scale: self.scale,
+                window: self.window,
+                cu_seqlens_q: &cu_seqlens_q,
+                context_lens: &context_lens,
+                block_tables: &block_tables,
+                max_num_blocks,
+                rows: &rows,
+                kv,
+                layer: LAYER,
+                out: &mut out,
+            })
+            .expect("shapes fit");
+        backend.read_f32(&out, 0, &mut result).expect("it fits");
+        result
+    }
+
+    fn expected(&self, kv: &CpuKv, steps: &[Step]) -> Vec<f64> {
+        let number: Box<dyn Fn(usize) -> f64> = match self.layout.dtype {
+            DType::F32 => {
+                let numbers = kv.f32("test").expect("f32");
+                Box::new(|index| f64::from(numbers[index]))
+            }
+            _ => {
+                let numbers = kv.bf16("test").expect("bf16");
+                Box::new(|index| f64::from(bf16::from_bits(numbers[index])))
+            }
+        };
+        let mut out = Vec::new();
+        for &step in steps {
+            let rows = self.seqs[step.seq].qkv.chunks(self.shape.qkv_len()).take(step.to).skip(step.from);
+            let q: Vec<f32> = rows.flat_map(|row| &row[..self.shape.q_len()]).copied().collect();
+            let case = reference::Case {
+                q: &q,
+                shape: self.shape,
+                scale: self.scale,
+                window: self.window,
+                context_len: step.to,
+                block_table: &self.seqs[step.seq].blocks,
+                layer: LAYER,
+            };
+            out.extend(reference::paged_attention(&case, &self.layout, &*number));
+        }
+        out
+    }
+
+    /// Largest magnitude of a value: what a weighted mean is close relative to.
+    fn largest_value(&self) -> f64 {
+        let start = self.shape.q_len() + self.shape.num_kv_heads * self.shape.head_dim;
+        let rows = self.seqs.iter().flat_map(|seq| seq.qkv.chunks(self.shape.qkv_len()));
+        rows.flat_map(|row| &row[start..]).fold(0.0, |max, x| max.max(f64::from(x.abs())))
+    }
+
+    /// Of f32: scores below 16 are off by 2e-6 at most, so weights by twice that, and so is their mean of values; sums
+    /// add as much. Of bf16: each weight is rounded to 8 bits, 1/512 off at most, above and below the line.
+    fn tolerance(&self) -> Tolerance {
+        let relative = if self.layout.dtype == DType::F32 { 1e-5 } else { 1.0 / 256.0 };
+        Tolerance { abs: relative * self.largest_value(), rel: 0.0 }
+    }
+
+    fn check(&self, backends: &mut [CpuBackend], steps: &[Step]) {
+        let kv = self.cache(&mut backends[0], steps);
+        let expected = self.expected(&kv, steps);
+        for backend in backends {
+            assert_close(&self.attend(backend, &kv, steps), &expected, self.tolerance());
+        }
+    }
+}
+
+fn shape(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> AttentionShape {
+    AttentionShape { num_heads, num_kv_heads, head_dim }
+}
+
+fn whole(lens: &[usize]) -> Vec<Step> {
+    lens.iter().enumerate().map(|(seq, &to)| Step { seq, from: 0, to }).collect()
+}
+
+fn last(lens: &[usize]) -> Vec<Step> {
+    lens.iter().enumerate().map(|(seq, &to)| Step { seq, from: to - 1, to }).collect()
+}
+
+const DTYPES: [DType; 2] = [DType::F32, DType::Bf16];
+
+#[test]
+fn one_query_over_contexts_of_all_lengths() {
+    let mut rng = Rng::new(1);
+    let lens = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 511, 512, 513, 1025];
+    let mut backends = cpu_backends(&[1, 2]);
+    for (shape, block_size) in [(shape(4, 1, 8), 16), (shape(7, 1, 64), 32), (shape(2, 2, 128), 64)] {
+        for dtype in DTYPES {
+            World::new(&mut rng, shape, block_size, dtype, &lens).check(&mut backends, &last(&lens));
+        }
+    }
+}
+
+#[test]
+fn prefills_of_all_lengths() {
+    let mut rng = Rng::new(2);
+    let lens = [1, 2, 15, 16, 17, 64, 65, 130];
+    let mut backends = cpu_backends(&[1, 2]);
+    for (shape, block_size) in [(shape(4, 1, 16), 16), (shape(7, 1, 8), 48), (shape(3, 3, 24), 16)] {
+        for dtype in DTYPES {
+            World::new(&mut rng, shape, block_size, dtype, &lens).check(&mut backends, &whole(&lens));
+        }
+    }
+}
+
+#[test]
+fn every_group_and_head_dim() {
+    let mut rng = Rng::new(3);
+    let lens = [70, 19];
+    let mut backends = cpu_backends(&[1]);
+    for head_dim in [2, 8, 14, 16, 24, 40, 64, 80, 96, 112, 128, 192, 256] {
+        for (num_heads, num_kv_heads) in [(1, 1), (2, 2), (8, 2), (7, 1), (5, 1), (70, 1)] {
+            for dtype in DTYPES {
+                let world = World::new(&mut rng, shape(num_heads, num_kv_heads, head_dim), 16, dtype, &lens);
+                let steps = [Step { seq: 0, from: 66, to: 70 }, Step { seq: 1, from: 18, to: 19 }];
+                world.check(&mut backends, &steps);
+            }
+        }
+    }
+}
+
+#[test]
+fn decodes_and_chunks_of_prompts_in_one_batch() {
+    let mut rng = Rng::new(4);
+    let lens = [600, 1100, 40, 5, 16, 700];
+    let steps = [
+        Step { seq: 0, from: 599, to: 600 },
+        Step { seq: 1, from: 1000, to: 1100 },
+        // A sequence without new tokens is none.
+        Step { seq: 2, from: 40, to: 40 },
+        Step { seq: 3, from: 0, to: 5 },
+        Step { seq: 4, from: 15, to: 16 },
+        Step { seq: 5, from: 480, to: 560 },
+    ];
+    for dtype in DTYPES {
+        for block_size in [16, 80, 128] {
+            let world = World::new(&mut rng, shape(4, 2, 16), block_size, dtype, &lens);
+            world.check(&mut cpu_backends(&[1, 2, 3]), &steps);
+        }
+    }
+}
+
+#[test]
+fn windows() {
+    let mut rng = Rng::new(5);
+    let lens = [1, 40, 600, 1300];
+    let mut backends = cpu_backends(&[1, 2]);
+    for dtype in DTYPES {
+        for window in [1, 5, 16, 17, 64, 100, 513, 5000] {
+            let mut world = World::new(&mut rng, shape(4, 2, 8), 16, dtype, &lens);
+            // Shared blocks hold tokens that one of the two must not look at, but may.
+            world.seqs.truncate(4);
+            world.window = Some(window);
+            world.check(&mut backends, &last(&lens));
+            let chunk = |seq: usize, from| [Step { seq, from, to: lens[seq] }];
+            world.check(&mut backends, &chunk(1, 0));
+            world.check(&mut backends, &chunk(2, 450));
+            world.check(&mut backends, &chunk(3, 1190));
+        }
+    }
+}
+
+#[test]
+fn large_outliers() {
+    let mut rng = Rng::new(6);
+    let lens = [600, 30];
+    for dtype in DTYPES {
+        let mut world = World::new(&mut rng, shape(4, 1, 64), 16, dtype, &lens);
+        for seq in &mut world.seqs {
+            for x in &mut seq.qkv {
+                *x *= if rng.below(64) == 0 { 30.0 } else { 1.0 };
+            }
+        }
+        // The shared block is one.
+        let shared = 16 * world.shape.qkv_len();
+        let (first, second) = world.seqs.split_at_mut(1);
+        second[0].qkv[..shared].copy_from_slice(&first[0].qkv[..shared]);
+        let steps = [Step { seq: 0, from: 590, to: 600 }, Step { seq: 1, from: 0, to: 30 }];
+        let mut backends = cpu_backends(&[1]);
+        let kv = world.cache(&mut backends[0], &steps);
+        let expected = world.expected(&kv, &steps);
+        // Scores reach hundreds, off by 1e-4, and so do weights.
+        let Tolerance { abs, rel } = world.tolerance();
+        let tolerance = Tolerance { abs: abs + 1e-3 * world.largest_value(), rel };
+        for backend in &mut backends {
+            assert_close(&world.attend(backend, &kv, &steps), &expected, tolerance);
+        }
+    }
+}
+
+#[test]
+fn a_sequence_has_the_same_bits_alone_and_in_any_batch_on_any_number_of_threads() {
+    let mut rng = Rng::new(7);
+    let lens = [1025, 513, 17, 700, 64, 1600, 3];
+    for (dtype, shape, window) in [
+        (DType::Bf16, shape(4, 1, 24), None),
+        (DType::Bf16, shape(7, 1, 64), Some(300)),
+        (DType::F32, shape(4, 2, 16), None),
+        (DType::F32, shape(3, 1, 8), Some(65)),
+    ] {
+        let mut world = World::new(&mut rng, shape, 16, dtype, &lens);
+        world.window = window;
+        let steps: Vec<Step> = lens
+            .iter()
+            .enumerate()
+            .map(|(seq, &to)| Step { seq, from: to - [1, 1, 17, 150, 1, 1, 3][seq], to })
+            .collect();
+        for backends in cpu_backends(&[1, 2, 3]).chunks_mut(3) {
+            let kv = world.cache(&mut backends[0], &steps);
+            let alone: Vec<f32> = steps.iter().flat_map(|&step| world.attend(&mut backends[0], &kv, &[step])).collect();
+            for backend in backends {
+                assert_same_bits(&world.attend(backend, &kv, &steps), &alone);
+                for &step in &steps {
+                    let tokens: usize = steps[..step.seq].iter().map(|step| step.to - step.from).sum();
+                    let start = tokens * world.shape.q_len();
+                    let own = world.attend(backend, &kv, &[step]);
+                    assert_same_bits(&own, &alone[start..start + own.len()]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prompt_has_the_same_bits_in_one_chunk_in_many_and_token_by_token() {
+    let mut rng = Rng::new(8);
+    for (dtype, shape, window, block_size) in [
+        (DType::Bf16, shape(4, 1, 24), None, 16),
+        (DType::Bf16, shape(7, 1, 16), Some(40), 32),
+        (DType::Bf16, shape(2, 2, 64), Some(7), 16),
+        (DType::F32, shape(4, 2, 8), None, 48),
+        (DType::F32, shape(3, 1, 16), Some(100), 16),
+    ] {
+        let len = 1060;
+        let mut world = World::new(&mut rng, shape, block_size, dtype, &[len]);
+        world.window = window;
+        let random_cuts = {
+            let mut cuts: Vec<usize> = (0..12).map(|_| rng.below(len)).chain([0, len]).collect();
+            cuts.sort_unstable();
+            cuts.dedup();
+            cuts
+        };
+        for backend in &mut cpu_backends(&[1, 2]) {
+            let whole = Step { seq: 0, from: 0, to: len };
+            let kv = world.cache(backend, &[whole]);
+            let expected = world.attend(backend, &kv, &[whole]);
+            for cuts in [(0..=len).collect(), random_cuts.clone(), vec![0, 512, 1024, len]] {
+                // What was not computed yet is NaN.
+                let mut kv = world.poisoned_cache(backend);
+                for cut in cuts.windows(2) {
+                    let (from, to) = (cut[0], cut[1]);
+                    world.write(&mut kv, 0, from, to);
+                    let actual = world.attend(backend, &kv, &[Step { seq: 0, from, to }]);
+                    assert_same_bits(&actual, &expected[from * world.shape.q_len()..to * world.shape.q_len()]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn equal_values_give_that_value() {
+    // Weights sum to what they are divided by, to the rounding of sums.
+    let mut rng = Rng::new(9);
+    let lens = [1200];
+    for dtype in DTYPES {
+        let mut world = World::new(&mut rng, shape(4, 1, 16), 16, dtype, &lens);
+        for row in world.seqs[0].qkv.chunks_mut(world.shape.qkv_len()) {
+            row[world.shape.q_len() + 16..].fill(1.5);
+        }
+        let steps = last(&lens);
+        for backend in &mut cpu_backends(&[2]) {
+            let kv = world.cache(backend, &steps);
+            let actual = world.attend(backend, &kv, &steps);
+            assert_close(&actual, &vec![1.5; actual.len()], Tolerance { abs: 0.0, rel: 2e-6 });
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_written() {
+    let shape = shape(2, 1, 8);
+    let layout =
+        KvLayout { num_layers: 2, num_blocks: 4, block_size: 16, num_kv_heads: 1, head_dim: 8, dtype: DType::Bf16 };
+    let mut backend = cpu_backends(&[2]).remove(0);
+    let kv = backend.alloc_kv(&layout).expect("room");
+    let mut run = |cu: &[u32], context: &[u32], rows: &[u32], table: &[u32], num_tokens: usize, window| {
+        let mut upload = |data: &[u32]| {
+            let mut buffer = backend.alloc(DType::U32, data.len()).expect("room");
+            backend.write_u32(&mut buffer, 0, data).expect("it fits");
+            buffer
+        };
+        let (cu_seqlens_q, context_lens) = (upload(cu), upload(context));
+        let (block_tables, rows) = (upload(table), upload(rows));
+        let qkv = backend.alloc(DType::F32, 8 * shape.qkv_len()).expect("room");
+        let mut out = backend.alloc(DType::F32, 8 * shape.q_len()).expect("room");
+        backend.write_f32(&mut out, 0, &vec![7.0; 8 * shape.q_len()]).expect("it fits");
+        let args = PagedAttention {
+            qkv: &qkv,
+            num_tokens,
+            num_seqs: context.len(),
+            shape,
+            scale: 1.0,
+            window,
+            cu_seqlens_q: &cu_seqlens_q,
+            context_lens: &context_lens,
+            block_tables: &block_tables,
+            max_num_blocks: 2,
+            rows: &rows,
+            kv: &kv,
+            layer: 0,
+            out: &mut out,
+        };
+        let error = backend.paged_attention(args).expect_err("refused");
+        let mut result = vec![0.0; 8 * shape.q_len()];
+        backend.read_f32(&out, 0, &mut result).expect("it fits");
+        assert!(result.iter().all(|&x| x == 7.0));
+        error
+    };
+    let op = "paged_attention";
+    let refused = |argument, expected, found| KernelError::Shape { op, argument, expected, found };
+    let range = |argument, value, limit| KernelError::Range { op, argument, value, limit };
+    let table = [0, 1, 2, 3];
+    assert_eq!(run(&[0, 1], &[1], &[0], &table, 9, None), refused("qkv", 9 * 32, 8 * 32));
+    assert_eq!(run(&[0, 1], &[1], &[0], &table, 1, Some(0)), refused("window", 1, 0));
+    assert_eq!(run(&[0], &[1], &[0], &table, 1, None), refused("cu_seqlens_q", 2, 1));
+    assert_eq!(run(&[0, 1], &[1], &[0], &table, 2, None), refused("cu_seqlens_q", 2, 1));
+    assert_eq!(run(&[1, 2], &[1], &[0], &table, 2, None), refused("cu_seqlens_q", 1, 1));
+    assert_eq!(run(&[0, 2], &[1], &[0], &table, 2, None), refused("context_lens", 2, 1));
+    assert_eq!(run(&[0, 1], &[33], &[0], &table, 1, None), refused("max_num_blocks", 3, 2));
+    assert_eq!(run(&[0, 1], &[1], &[2], &table, 1, None), range("rows", 2, 2));
+    assert_eq!(run(&[0, 1], &[17], &[1], &[0, 1, 2, 4], 1, None), range("block_tables", 4, 4));
+}

@@ -1,0 +1,219 @@
+//! Rotated queries and the written cache on every instruction set against their meaning.
+
+use half::bf16;
+use quire_kernels::cpu::CpuBackend;
+use quire_kernels::kv_layout::KvPlace;
+use quire_kernels::ops::rope_kv_write::{AttentionShape, QkNorm, RopeKvWrite, reference};
+use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends};
+use quire_kernels::{Backend, DType, KernelError, KvLayout};
+
+/// Two products and a sum, each rounded to 24 bits; with the norm before them, its 2e-6 too. Relative to the
+/// larger of two numbers that may cancel, which is why there is an absolute part.
+const TOLERANCE: Tolerance = Tolerance { abs: 4e-6, rel: 4e-6 };
+
+/// And the rounding to 8 bits.
+const TOLERANCE_BF16: Tolerance = Tolerance { abs: 4e-6, rel: 1.0 / 256.0 };
+
+struct Case {
+    shape: AttentionShape,
+    dtype: DType,
+    has_norm: bool,
+    num_tokens: usize,
+}
+
+struct Inputs {
+    layout: KvLayout,
+    qkv: Vec<f32>,
+    cos_sin: Vec<f32>,
+    q_weight: Vec<f32>,
+    k_weight: Vec<f32>,
+    slots: Vec<u32>,
+}
+
+const LAYER: usize = 1;
+
+impl Case {
+    fn inputs(&self, rng: &mut Rng) -> Inputs {
+        let AttentionShape { num_kv_heads, head_dim, .. } = self.shape;
+        let block_size = 16;
+        let num_blocks = 2 + self.num_tokens.div_ceil(block_size);
+        let layout = KvLayout { num_layers: 2, num_blocks, block_size, num_kv_heads, head_dim, dtype: self.dtype };
+        let cos_sin = (0..self.num_tokens * head_dim / 2).flat_map(|i| [(i as f32).cos(), (i as f32).sin()]).collect();
+        Inputs {
+            layout,
+            qkv: rng.normals(self.num_tokens * self.shape.qkv_len()),
+            cos_sin,
+            q_weight: rng.normals(head_dim),
+            k_weight: rng.normals(head_dim),
+            slots: rng.permutation(layout.num_slots())[..self.num_tokens].to_vec(),
+        }
+    }
+
+    /// The changed `qkv`, and the cache.
+    fn run(&self, backend: &mut CpuBackend, inputs: &Inputs) -> (Vec<f32>, Vec<f32>) {
+        let mut upload = |data: &[f32]| {
+            let mut buffer = backend.alloc(DType::F32, data.len()).expect("room");
+            backend.write_f32(&mut buffer, 0, data).expect("it fits");
+            buffer
+        };
+        let mut qkv = upload(&inputs.qkv);
+        let cos_sin = upload(&inputs.cos_sin);
+        let (q_weight, k_weight) = (upload(&inputs.q_weight), upload(&inputs.k_weight));
+        let mut slot_mapping = backend.alloc(DType::U32, self.num_tokens).expect("room");
+        backend.write_u32(&mut slot_mapping, 0, &inputs.slots).expect("it fits");
+        let mut kv = backend.alloc_kv(&inputs.layout).expect("room");
+        let qk_norm = self.has_norm.then_some(QkNorm { q_weight: &q_weight, k_weight: &k_weight, eps: 1e-6 });
+        let args = RopeKvWrite {
+            qkv: &mut qkv,
+            num_tokens: self.num_tokens,
+            shape: self.shape,
+            cos_sin: &cos_sin,
+            qk_norm,
+            slot_mapping: &slot_mapping,
+            kv: &mut kv,
+            layer: LAYER,
+        };
+        backend.rope_kv_write(args).expect("shapes fit");
+        let mut result = vec![0.0; inputs.qkv.len()];
+        backend.read_f32(&qkv, 0, &mut result).expect("it fits");
+        let cache = match self.dtype {
+            DType::F32 => kv.f32("test").expect("f32").to_vec(),
+            _ => kv.bf16("test").expect("bf16").iter().map(|&bits| bf16::from_bits(bits).to_f32()).collect(),
+        };
+        (result, cache)
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (num_heads, num_kv_heads, head_dim) in [(1, 1, 2), (4, 1, 8), (6, 2, 24), (7, 1, 64), (8, 2, 128)] {
+        for dtype in [DType::F32, DType::Bf16] {
+            for (has_norm, num_tokens) in [(false, 1), (true, 17), (false, 70)] {
+                let shape = AttentionShape { num_heads, num_kv_heads, head_dim };
+                cases.push(Case { shape, dtype, has_norm, num_tokens });
+            }
+        }
+    }
+    cases
+}
+
+#[test]
+fn close_to_the_reference_and_nothing_else_is_touched() {
+    let mut rng = Rng::new(1);
+    for case in cases() {
+        let inputs = case.inputs(&mut rng);
+        let (shape, layout) = (case.shape, inputs.layout);
+        let norm = case.has_norm.then_some((&inputs.q_weight[..], &inputs.k_weight[..], 1e-6));
+        let (q, k, v) = reference::rope_kv_write(&inputs.qkv, shape, &inputs.cos_sin, norm);
+        let mut expected_cache = vec![0.0; layout.total_bytes() / layout.dtype.size()];
+        for (token, &slot) in inputs.slots.iter().enumerate() {
+            let (block, offset) = (slot as usize / layout.block_size, slot as usize % layout.block_size);
+            for kv_head in 0..shape.num_kv_heads {
+                let place = KvPlace { layer: LAYER, block, kv_head, offset };
+                for dim in 0..shape.head_dim {
+                    let index = (token * shape.num_kv_heads + kv_head) * shape.head_dim + dim;
+                    expected_cache[layout.k_index(place, dim)] = k[index];
+                    expected_cache[layout.v_index(place, dim)] = v[index];
+                }
+            }
+        }
+        for mut backend in cpu_backends(&[1, 2]) {
+            let (qkv, cache) = case.run(&mut backend, &inputs);
+            let tolerance = if case.dtype == DType::F32 { TOLERANCE } else { TOLERANCE_BF16 };
+            assert_close(&cache, &expected_cache, tolerance);
+            let rows = qkv.chunks(shape.qkv_len()).zip(inputs.qkv.chunks(shape.qkv_len()));
+            for ((row, before), q) in rows.zip(q.chunks(shape.q_len())) {
+                assert_close(&row[..shape.q_len()], q, TOLERANCE);
+                assert_eq!(row[shape.q_len()..], before[shape.q_len()..]);
+            }
+        }
+    }
+}
+
+#[test]
+fn values_are_rounded_to_nearest_even_and_a_nan_stays_one() {
+    let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 8 };
+    let case = Case { shape, dtype: DType::Bf16, has_norm: false, num_tokens: 1 };
+    let mut inputs = case.inputs(&mut Rng::new(1));
+    let half_unit = 1.0 / 256.0;
+    let values = [1.0 + half_unit, 1.0 + 3.0 * half_unit, -1.0 - half_unit, 1e-40, f32::MAX, f32::NAN, -0.0, 3.0];
+    inputs.qkv[16..].copy_from_slice(&values);
+    for mut backend in cpu_backends(&[1]) {
+        let (_, cache) = case.run(&mut backend, &inputs);
+        let slot = inputs.slots[0] as usize;
+        let place = KvPlace { layer: LAYER, block: slot / 16, kv_head: 0, offset: slot % 16 };
+        for (dim, value) in values.into_iter().enumerate() {
+            let actual = cache[inputs.layout.v_index(place, dim)];
+            let expected = bf16::from_f32(value).to_f32();
+            assert!(actual.to_bits() == expected.to_bits() || (actual.is_nan() && expected.is_nan()), "{value}");
+        }
+    }
+}
+
+#[test]
+fn a_token_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
+    let mut rng = Rng::new(3);
+    for case in cases() {
+        let inputs = case.inputs(&mut rng);
+        for backends in cpu_backends(&[1, 2, 3]).chunks_mut(3) {
+            let all = case.run(&mut backends[0], &inputs);
+            for backend in &mut backends[1..] {
+                assert_eq!(case.run(backend, &inputs), all);
+            }
+            let token = case.num_tokens - 1;
+            let alone = Case { num_tokens: 1, ..case };
+            let part = |data: &[f32], len: usize| data[token * len..][..len].to_vec();
+            let own = Inputs {
+                qkv: part(&inputs.qkv, case.shape.qkv_len()),
+                cos_sin: part(&inputs.cos_sin, case.shape.head_dim),
+                slots: vec![inputs.slots[token]],
+                q_weight: inputs.q_weight.clone(),
+                k_weight: inputs.k_weight.clone(),
+                ..inputs
+            };
+            let (qkv, cache) = alone.run(&mut backends[0], &own);
+            assert_eq!(qkv, part(&all.0, case.shape.qkv_len()));
+            // Zero is what nobody wrote.
+            assert!(cache.iter().zip(&all.1).all(|(alone, all)| *alone == 0.0 || alone == all));
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_written() {
+    let mut backend = cpu_backends(&[2]).remove(0);
+    let shape = AttentionShape { num_heads: 2, num_kv_heads: 1, head_dim: 4 };
+    let layout =
+        KvLayout { num_layers: 1, num_blocks: 2, block_size: 16, num_kv_heads: 1, head_dim: 4, dtype: DType::F32 };
+    let mut kv = backend.alloc_kv(&layout).expect("room");
+    let mut qkv = backend.alloc(DType::F32, 2 * shape.qkv_len()).expect("room");
+    backend.write_f32(&mut qkv, 0, &[1.0; 32]).expect("it fits");
+    let cos_sin = backend.alloc(DType::F32, 2 * 4).expect("room");
+    let mut slots = backend.alloc(DType::U32, 2).expect("room");
+    backend.write_u32(&mut slots, 0, &[0, 32]).expect("it fits");
+    let mut run = |shape, num_tokens, layer| {
+        let args = RopeKvWrite {
+            qkv: &mut qkv,
+            num_tokens,
+            shape,
+            cos_sin: &cos_sin,
+            qk_norm: None,
+            slot_mapping: &slots,
+            kv: &mut kv,
+            layer,
+        };
+        backend.rope_kv_write(args).expect_err("refused")
+    };
+    let op = "rope_kv_write";
+    assert_eq!(run(shape, 2, 0), KernelError::Range { op, argument: "slot_mapping", value: 32, limit: 32 });
+    assert_eq!(run(shape, 2, 1), KernelError::Range { op, argument: "layer", value: 1, limit: 1 });
+    let refused = |argument, expected, found| KernelError::Shape { op, argument, expected, found };
+    assert_eq!(run(shape, 3, 0), refused("qkv", 48, 32));
+    assert_eq!(run(AttentionShape { num_heads: 3, num_kv_heads: 2, ..shape }, 1, 0), refused("num_heads", 4, 3));
+    assert_eq!(run(AttentionShape { head_dim: 3, ..shape }, 1, 0), refused("head_dim", 4, 3));
+    assert_eq!(run(AttentionShape { head_dim: 2, ..shape }, 1, 0), refused("kv", 2, 4));
+    let mut result = [0.0; 32];
+    backend.read_f32(&qkv, 0, &mut result).expect("it fits");
+    assert_eq!(result, [1.0; 32]);
+    assert!(kv.f32("test").expect("f32").iter().all(|&x| x == 0.0));
+}
