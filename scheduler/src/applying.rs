@@ -120,19 +120,18 @@ impl Scheduler {
         let num_full = sequence.num_computed / block_size;
         sequence.next_boundary = (num_full + 1) * block_size;
         if self.config.enable_prefix_cache {
-            details.extend_hashes(num_full, block_size);
+            details.extend_hashes(num_full, sequence.prompt_len, block_size);
             for position in details.num_published..num_full {
                 self.kv.publish(sequence.row, position, details.hashes[position as usize]);
             }
             details.num_published = num_full;
         }
-        let request = details.request();
         if self.kv.has_windows() {
-            let slack = if request.sampling.num_choices > 1 { block_size } else { 0 };
+            let slack = if details.request().sampling.num_choices > 1 { block_size } else { 0 };
             self.kv.slide(sequence.row, sequence.num_computed, slack);
         }
-        let prompt_len = request.prompt.len() as u32;
-        if details.leads && sequence.num_computed >= (prompt_len - 1) / block_size * block_size {
+        let (num_computed, prompt_len) = (sequence.num_computed, sequence.prompt_len);
+        if self.details[slot as usize].leads && num_computed >= self.fork_len(prompt_len) {
             self.unpark(slot);
         }
     }

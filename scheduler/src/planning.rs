@@ -194,8 +194,7 @@ impl Scheduler {
         if details.blocked_epoch == Some(self.kv.release_epoch()) {
             return None;
         }
-        let num_tokens = sequence.num_tokens;
-        let prompt_len = details.request().prompt.len() as u32;
+        let (num_tokens, prompt_len) = (sequence.num_tokens, sequence.prompt_len);
         // Log probabilities of the prompt's tokens come from computing them.
         let must_compute = details.next_prompt_logprob < prompt_len;
         // One token at least is computed, to sample from.
@@ -203,7 +202,7 @@ impl Scheduler {
         let looks_up = self.config.enable_prefix_cache && !must_compute;
         let mut num_hit = 0;
         if looks_up {
-            details.extend_hashes(max_hit, block_size);
+            details.extend_hashes(max_hit, prompt_len, block_size);
             num_hit = self.kv.longest_prefix(&details.hashes[..max_hit as usize]);
         }
         let donor = if must_compute { None } else { self.find_donor(slot, num_hit) };

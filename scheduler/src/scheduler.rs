@@ -339,6 +339,7 @@ impl Scheduler {
         });
         let prompt_len = request.prompt.len() as u32;
         self.sequences[slot as usize] = Sequence {
+            prompt_len,
             num_tokens: prompt_len + request.generated.len() as u32,
             max_len: prompt_len + request.max_tokens,
             min_len: prompt_len.saturating_add(request.min_tokens),
@@ -473,7 +474,7 @@ impl Scheduler {
     /// The prompt is computed: the other choices may fork from it.
     pub(crate) fn unpark(&mut self, leader: Slot) {
         self.details[leader as usize].leads = false;
-        let fork_len = self.fork_len(self.details[leader as usize].request().prompt.len() as u32);
+        let fork_len = self.fork_len(self.sequences[leader as usize].prompt_len);
         let num_hashes = self.details[leader as usize].hashes.len().min((fork_len / self.config.block_size) as usize);
         let mut slot = self.choices(leader).next().unwrap_or(NO_SLOT);
         while slot != NO_SLOT {

@@ -49,6 +49,7 @@ pub(crate) struct Sequence {
     /// The device's row is off after a void part: it is admitted anew, to the same row, blocks kept.
     pub(crate) readmit: bool,
     pub(crate) row: u32,
+    pub(crate) prompt_len: u32,
     /// Known tokens: prompt and generated.
     pub(crate) num_tokens: u32,
     /// Tokens whose K and V are in the cache for certain.
@@ -78,6 +79,7 @@ impl Sequence {
         num_void: 0,
         readmit: false,
         row: NO_ROW,
+        prompt_len: 0,
         num_tokens: 0,
         num_computed: 0,
         num_planned: 0,
@@ -154,18 +156,24 @@ impl Details {
     }
 
     /// Computes the hashes of the first `count` blocks, whose tokens are known.
-    pub(crate) fn extend_hashes(&mut self, count: u32, block_size: u32) {
-        let request = self.request.as_ref().expect("the slot is in use");
+    pub(crate) fn extend_hashes(&mut self, count: u32, prompt_len: u32, block_size: u32) {
+        let prompt_len = prompt_len as usize;
         while (self.hashes.len() as u32) < count {
-            let parent = match self.hashes.last() {
-                Some(parent) => *parent,
-                None => BlockHash::root(&request.cache_salt, request.adapter),
-            };
             let start = self.hashes.len() * block_size as usize;
             let end = start + block_size as usize;
-            let prompt_len = request.prompt.len();
-            let prompt = &request.prompt[start.min(prompt_len)..end.min(prompt_len)];
+            // Behind the prompt the request is not touched: it is not in the processor's cache.
+            let prompt: &[u32] = match &self.request {
+                Some(request) if start < prompt_len => &request.prompt[start..end.min(prompt_len)],
+                _ => &[],
+            };
             let generated = &self.generated[start.max(prompt_len) - prompt_len..end.max(prompt_len) - prompt_len];
+            let parent = match (self.hashes.last(), &self.request) {
+                (Some(parent), _) => *parent,
+                (None, request) => {
+                    let request = request.as_ref().expect("the slot is in use");
+                    BlockHash::root(&request.cache_salt, request.adapter)
+                }
+            };
             self.hashes.push(parent.child([prompt, generated]));
         }
     }

@@ -108,6 +108,9 @@ impl FakeDevice {
             assert!(index < num_decodes || scheduled.num_scheduled_tokens > 1, "decodes come first");
             num_tokens += scheduled.num_scheduled_tokens;
             self.run(plan, index, scheduled, output);
+            // What nothing to come sees may be another's from the next step on.
+            let row = scheduled.row.0 as usize;
+            self.slide(row, self.rows[row].num_computed);
         }
         assert_eq!(num_tokens, plan.num_scheduled_tokens);
         assert!(num_tokens <= self.max_num_batched_tokens, "{num_tokens} tokens are over the budget");
@@ -155,7 +158,7 @@ impl FakeDevice {
         let row = &mut self.rows[row];
         for (group, kind) in self.kinds.iter().enumerate() {
             let first = first_visible(*kind, start) / self.block_size;
-            while row.first_live[group] < first as usize {
+            while row.first_live[group] < row.tables[group].len().min(first as usize) {
                 let block = row.tables[group][row.first_live[group]];
                 self.holders[group][block.0 as usize] -= 1;
                 row.first_live[group] += 1;

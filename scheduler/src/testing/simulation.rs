@@ -46,7 +46,7 @@ pub enum Sabotage {
     None,
     /// An event that reports an end is lost.
     LoseEnd,
-    /// A request is never aborted though it should be.
+    /// Aborts do nothing, so that requests keep their blocks.
     LeakRequest,
     /// A block's content on the device changes.
     CorruptCache,
@@ -118,6 +118,9 @@ struct Run<'a> {
     num_open: usize,
     events: Vec<Event>,
     lost_one: bool,
+    num_steps: u64,
+    /// Requests and the steps before which they were aborted.
+    aborted: VecDeque<(RequestId, u64)>,
 }
 
 /// Plays a simulation to its end. Panics at the first broken promise.
@@ -134,13 +137,15 @@ pub fn simulate(simulation: &Simulation) -> Report {
         num_open: 0,
         events: Vec::new(),
         lost_one: false,
+        num_steps: 0,
+        aborted: VecDeque::new(),
     };
     let mut in_flight: VecDeque<(StepPlan, StepOutput)> = VecDeque::new();
     let mut spare_outputs = Vec::new();
-    let (mut num_arrived, mut num_refused, mut num_steps, mut digest) = (0, 0, 0_u64, 0);
+    let (mut num_arrived, mut num_refused, mut digest) = (0, 0, 0);
     let mut num_idle = 0;
     while num_arrived < simulation.num_requests || run.num_open > 0 {
-        let now = Time(num_steps * simulation.step_micros);
+        let now = Time(run.num_steps * simulation.step_micros);
         while num_arrived < simulation.num_requests && (run.num_open == 0 || rng.chance(simulation.arrivals_per_mille))
         {
             num_arrived += 1;
@@ -158,7 +163,7 @@ pub fn simulate(simulation: &Simulation) -> Report {
         }
         digest = plan.new_blocks.iter().fold(digest, |digest, block| mix(digest, u64::from(block.0)));
         let mut output = spare_outputs.pop().unwrap_or_default();
-        if simulation.sabotage == Sabotage::CorruptCache && num_steps == 20 {
+        if simulation.sabotage == Sabotage::CorruptCache && run.num_steps == 20 {
             device.corrupt();
         }
         device.execute(&plan, &mut output);
@@ -168,16 +173,17 @@ pub fn simulate(simulation: &Simulation) -> Report {
             run.scheduler.apply(plan, &mut output, now);
             spare_outputs.push(output);
         }
-        num_steps += 1;
+        run.num_steps += 1;
         run.take_events();
-        if num_steps.is_multiple_of(simulation.check_every) {
+        run.check_aborted();
+        if run.num_steps.is_multiple_of(simulation.check_every) {
             run.scheduler.check_invariants();
         }
     }
     for (plan, mut output) in in_flight {
-        run.scheduler.apply(plan, &mut output, Time(num_steps * simulation.step_micros));
+        run.scheduler.apply(plan, &mut output, Time(run.num_steps * simulation.step_micros));
     }
-    run.finish(num_steps, num_refused, digest)
+    run.finish(num_refused, digest)
 }
 
 impl Run<'_> {
@@ -198,16 +204,29 @@ impl Run<'_> {
     }
 
     fn abort(&mut self, id: RequestId) {
-        if self.simulation.sabotage == Sabotage::LeakRequest && id.0.is_multiple_of(2) {
-            return;
-        }
         // Ends that are not reported yet are known to the scheduler already.
         self.take_events();
-        let open = self.choices.range((id, 0)..=(id, u32::MAX)).filter(|(_, choice)| choice.finish.is_none());
-        let was_open = open.count() > 0;
-        let has_ended = self.scheduler.abort(id);
-        assert!(was_open || !has_ended, "an ended request was ended again");
-        assert!(!self.scheduler.abort(id), "a request was aborted twice");
+        let open = |(_, choice): &(_, &Choice)| choice.finish.is_none();
+        let num_open = self.choices.range((id, 0)..=(id, u32::MAX)).filter(open).count();
+        let is_leaked = self.simulation.sabotage == Sabotage::LeakRequest && num_open > 0;
+        let has_ended = !is_leaked && self.scheduler.abort(id);
+        assert!(num_open > 0 || !has_ended, "an ended request was ended again");
+        assert!(is_leaked || !self.scheduler.abort(id), "a request was aborted twice");
+        if num_open > 0 {
+            self.aborted.push_back((id, self.num_steps));
+        }
+    }
+
+    /// What was aborted is gone when all plans are applied that were in flight then.
+    fn check_aborted(&mut self) {
+        while let Some(&(id, step)) = self.aborted.front() {
+            if self.num_steps <= step + self.simulation.depth as u64 + 1 {
+                return;
+            }
+            let is_open = self.choices.range((id, 0)..=(id, u32::MAX)).any(|(_, choice)| choice.finish.is_none());
+            assert!(!is_open, "{id:?} was aborted and still alive");
+            self.aborted.pop_front();
+        }
     }
 
     fn take_events(&mut self) {
@@ -249,7 +268,7 @@ impl Run<'_> {
         self.events = events;
     }
 
-    fn finish(self, num_steps: u64, num_refused: u32, digest: u64) -> Report {
+    fn finish(self, num_refused: u32, digest: u64) -> Report {
         self.scheduler.check_invariants();
         assert!(!self.scheduler.has_work());
         let stats = self.scheduler.stats();
@@ -272,7 +291,7 @@ impl Run<'_> {
         }
         Report {
             outcomes,
-            num_steps,
+            num_steps: self.num_steps,
             num_refused,
             digest,
             num_preemptions: stats.num_preemptions,
