@@ -1,0 +1,221 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, ArgAction, ArgMatches};
+
+use super::layers::{Flag, keys};
+
+/// What the command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    Serve { file: Option<PathBuf>, flags: Vec<Flag>, print_config: bool },
+    BenchScheduler,
+}
+
+/// Flags of their own for the keys that are set most: name, key, name of the value, help.
+const SHORTHANDS: &[(&str, &str, &str, &str)] = &[
+    ("http", "server.http", "ADDR", "Where HTTP listens [default: 127.0.0.1:8000]"),
+    ("grpc", "server.grpc", "ADDR", "Where gRPC listens [default: 127.0.0.1:50051]"),
+    ("model-name", "server.model_name", "NAME", "The name that clients ask for [default: from MODEL]"),
+    ("device", "engine.device", "DEVICE", "Where to compute: auto, cpu or cuda [default: auto]"),
+    ("dtype", "engine.dtype", "TYPE", "What weights and KV cache are stored as: auto, f32 or bf16 [default: auto]"),
+    ("max-model-len", "scheduler.max_model_len", "TOKENS", "Most tokens of prompt and output [default: the model's]"),
+    ("max-num-seqs", "scheduler.max_num_seqs", "N", "Most sequences that run at once [default: 64]"),
+    ("max-num-batched-tokens", "scheduler.max_num_batched_tokens", "N", "Most tokens in a step [default: 512]"),
+    (
+        "kv-cache-memory",
+        "engine.kv_cache_memory",
+        "BYTES",
+        "Memory of the KV cache, as 512MiB or 2GiB [default: measured]",
+    ),
+    ("load-format", "engine.load_format", "FORMAT", "auto, or dummy for seeded random weights [default: auto]"),
+];
+
+/// Flags without a value: name, key, the value they set, help.
+const SWITCHES: &[(&str, &str, &str, &str)] = &[
+    ("no-prefix-cache", "scheduler.prefix_cache", "false", "Compute every prompt from its beginning"),
+    (
+        "allow-unauthenticated",
+        "server.allow_unauthenticated",
+        "true",
+        "Let anyone who reaches a listener use it; needed for any address but loopback",
+    ),
+];
+
+fn command() -> clap::Command {
+    let mut serve = clap::Command::new("serve")
+        .about("Serve a model over HTTP and gRPC")
+        .after_help(
+            "Every configuration key is a flag too: --section.key VALUE, for example --scheduler.block-size 32.\n\
+             --print-config lists all keys. In the environment the same key is QUIRE_SCHEDULER__BLOCK_SIZE, in the \
+             file\nit is block_size under [scheduler]. Flags override the environment, which overrides the file.",
+        )
+        .arg(
+            Arg::new("model.path")
+                .value_name("MODEL")
+                .conflicts_with(generic_id("model.path"))
+                .help("A Hugging Face directory, or a hub name owner/name[@revision]; without it the demo model"),
+        );
+    for (name, key, value, help) in SHORTHANDS {
+        serve = serve.arg(Arg::new(*name).long(*name).value_name(*value).help(*help).conflicts_with(generic_id(key)));
+    }
+    serve = serve.arg(
+        Arg::new("quantize")
+            .long("quantize")
+            .value_name("FORMAT")
+            .value_parser(PossibleValuesParser::new(["none", "int8", "int4"]))
+            .hide_possible_values(true)
+            .help("How weights are quantized: none [default: none]"),
+    );
+    for (name, key, _, help) in SWITCHES {
+        serve = serve
+            .arg(Arg::new(*name).long(*name).action(ArgAction::SetTrue).help(*help).conflicts_with(generic_id(key)));
+    }
+    serve = serve
+        .arg(
+            Arg::new("config")
+                .long("config")
+                .value_name("FILE")
+                .value_parser(clap::value_parser!(PathBuf))
+                .help("Read settings from a TOML file"),
+        )
+        .arg(
+            Arg::new("print-config")
+                .long("print-config")
+                .action(ArgAction::SetTrue)
+                .help("Show every setting and where it comes from, then exit"),
+        );
+    for key in keys() {
+        let kebab = key.replace('_', "-");
+        let mut arg = Arg::new(generic_id(&key)).long(kebab.clone()).value_name("VALUE").hide(true);
+        if kebab != key {
+            arg = arg.alias(key);
+        }
+        serve = serve.arg(arg.allow_hyphen_values(true));
+    }
+    let bench = clap::Command::new("bench")
+        .about("Measure this machine and this build")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(clap::Command::new("scheduler").about("The scheduler alone: microseconds for each step"));
+    clap::Command::new("quire")
+        .about("Serve open-weights language models to many callers at once")
+        .version(env!("CARGO_PKG_VERSION"))
+        .after_help("Without a command: `quire serve` with the demo model.")
+        .subcommand(serve)
+        .subcommand(bench)
+}
+
+fn generic_id(key: &str) -> String {
+    format!("key:{key}")
+}
+
+/// Reads the command line. An error is clap's: it prints itself, and says which exit code it wants.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    // `quire` and `quire --http ...` are `quire serve` too.
+    let own = |arg: &OsString| ["-h", "--help", "-V", "--version"].iter().any(|own| arg == own);
+    let is_flag = |arg: &OsString| arg.to_string_lossy().starts_with('-');
+    if args.get(1).is_none_or(|arg| is_flag(arg) && !own(arg)) {
+        args.insert(1.min(args.len()), "serve".into());
+    }
+    let mut command = command();
+    let matches = command.try_get_matches_from_mut(args)?;
+    match matches.subcommand() {
+        Some(("bench", _)) => Ok(Command::BenchScheduler),
+        Some((_, serve)) => {
+            read_serve(serve).map_err(|message| command.error(clap::error::ErrorKind::InvalidValue, message))
+        }
+        None => unreachable!("serve is put in where there is no subcommand"),
+    }
+}
+
+fn read_serve(matches: &ArgMatches) -> Result<Command, String> {
+    if let Some(format) = matches.get_one::<String>("quantize").filter(|format| *format != "none") {
+        return Err(format!("--quantize {format} is not available in this version; only none is"));
+    }
+    let mut flags = Vec::new();
+    for key in keys() {
+        if let Some(value) = matches.get_one::<String>(&generic_id(&key)) {
+            flags.push(Flag { name: format!("--{}", key.replace('_', "-")), key, value: value.clone() });
+        }
+    }
+    for (name, key, ..) in SHORTHANDS {
+        if let Some(value) = matches.get_one::<String>(name) {
+            flags.push(Flag { name: format!("--{name}"), key: (*key).to_owned(), value: value.clone() });
+        }
+    }
+    for (name, key, value, _) in SWITCHES {
+        if matches.get_flag(name) {
+            flags.push(Flag { name: format!("--{name}"), key: (*key).to_owned(), value: (*value).to_owned() });
+        }
+    }
+    if let Some(model) = matches.get_one::<String>("model.path") {
+        flags.push(Flag { name: "MODEL".to_owned(), key: "model.path".to_owned(), value: model.clone() });
+    }
+    let file = matches.get_one::<PathBuf>("config").cloned();
+    Ok(Command::Serve { file, flags, print_config: matches.get_flag("print-config") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flags(args: &[&str]) -> Vec<(String, String)> {
+        let args = std::iter::once("quire").chain(args.iter().copied()).map(OsString::from);
+        match parse(args).unwrap() {
+            Command::Serve { flags, .. } => flags.into_iter().map(|flag| (flag.key, flag.value)).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn error(args: &[&str]) -> String {
+        let args = std::iter::once("quire").chain(args.iter().copied()).map(OsString::from);
+        let error = parse(args).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    }
+
+    #[test]
+    fn the_command_is_well_formed() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn every_shorthand_has_a_key() {
+        let keys = keys();
+        let named = SHORTHANDS.iter().map(|(_, key, ..)| key).chain(SWITCHES.iter().map(|(_, key, ..)| key));
+        for key in named {
+            assert!(keys.contains(*key), "{key}");
+        }
+    }
+
+    #[test]
+    fn serve_is_what_no_command_means() {
+        let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        assert_eq!(flags(&[]), []);
+        assert_eq!(flags(&["--http", "127.0.0.1:0"]), [pair("server.http", "127.0.0.1:0")]);
+        assert_eq!(
+            flags(&["serve", "./model", "--no-prefix-cache", "--scheduler.block-size", "32"]),
+            [
+                pair("scheduler.block_size", "32"),
+                pair("scheduler.prefix_cache", "false"),
+                pair("model.path", "./model"),
+            ]
+        );
+        assert_eq!(flags(&["--scheduler.block_size=48"]), [pair("scheduler.block_size", "48")]);
+        assert_eq!(flags(&["--quantize", "none"]), []);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        assert!(error(&["--scheduler.blocksize", "32"]).contains("--scheduler.blocksize"));
+        assert!(error(&["--quantize", "int8"]).contains("int8"));
+        assert!(error(&["--quantize", "int3"]).contains("int3"));
+        assert!(error(&["sevre"]).contains("sevre"));
+        assert!(error(&["--http", "a", "--server.http", "b"]).contains("--server.http"));
+    }
+}

@@ -1,0 +1,69 @@
+//! The gRPC face: the same handlers as HTTP's, over tonic.
+//!
+//! `server` receives calls and frames events, `convert` alone knows both wire types and ours.
+
+mod convert;
+mod server;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::Request;
+use quire_proto::quire::v1::quire_server::{QuireServer, SERVICE_NAME};
+use tonic::service::Routes;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::timeout::TimeoutBody;
+
+use crate::lifecycle::Lifecycle;
+
+/// How much a caller may send, and how slowly.
+#[derive(Clone, Copy, Debug)]
+pub struct GrpcLimits {
+    pub max_message_bytes: usize,
+    /// Between two parts of a message.
+    pub body_timeout: Duration,
+}
+
+/// `grpc.health.v1`, kept in step with readiness by [`Health::set_ready`].
+#[derive(Clone)]
+pub struct Health(HealthReporter);
+
+impl Health {
+    /// Says whether calls are served, for the whole server and for each service.
+    pub async fn set_ready(&self, ready: bool) {
+        let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for service in ["", SERVICE_NAME] {
+            self.0.set_service_status(service, status).await;
+        }
+    }
+}
+
+/// All services of this face. Calls are answered from the start: with `UNAVAILABLE` until the model is loaded.
+pub fn routes(
+    lifecycle: Arc<Lifecycle>,
+    limits: GrpcLimits,
+) -> Result<(Router, Health), tonic_reflection::server::Error> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(quire_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let quire = QuireServer::new(server::Handlers::new(lifecycle)).max_decoding_message_size(limits.max_message_bytes);
+    let routes = Routes::new(quire)
+        .add_service(health)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?);
+    let slow_body =
+        move |request: Request<Body>| request.map(|body| Body::new(TimeoutBody::new(limits.body_timeout, body)));
+    let router = routes.prepare().into_axum_router().layer(tower::util::MapRequestLayer::new(slow_body)).layer(
+        CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| {
+            tonic::Status::internal("internal error").into_http::<Body>()
+        }),
+    );
+    Ok((router, Health(reporter)))
+}
