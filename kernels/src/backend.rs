@@ -1,12 +1,12 @@
 //! The line between models and devices.
 
+use crate::KernelError;
 use crate::kv_layout::KvLayout;
 use crate::ops::{
     embed::Embed, gather_rows::GatherRows, linear::Linear, logprobs::Logprobs, paged_attention::PagedAttention,
     rms_norm::RmsNorm, rope_kv_write::RopeKvWrite, rope_table::RopeTable, sample::Sample, sample::SamplerRow,
     sample::SamplerShape,
 };
-use crate::KernelError;
 
 /// Type of a number in a buffer, a weight or a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

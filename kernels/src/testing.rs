@@ -27,11 +27,14 @@ pub fn assert_close<E: Into<f64> + Copy>(actual: &[f32], expected: &[E], toleran
             continue;
         }
         let allowed = tolerance.abs + tolerance.rel * expected.abs();
-        let excess = (actual - expected).abs() / allowed;
-        // Not `excess > 1.0`: NaN is never close to a number.
-        if !(excess <= 1.0) || expected.is_infinite() {
+        // NaN is never close to a number, and an infinity is as far as can be.
+        let excess = match (actual - expected).abs() / allowed {
+            excess if excess.is_nan() || expected.is_infinite() => f64::INFINITY,
+            excess => excess,
+        };
+        if excess > 1.0 {
             num_bad += 1;
-            if !(excess <= worst.3) {
+            if excess > worst.3 {
                 worst = (index, actual, expected, excess);
             }
         }

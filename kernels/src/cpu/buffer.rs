@@ -24,9 +24,15 @@ pub(crate) struct AlignedBytes {
 /// Who takes the memory back.
 enum Owner {
     Nobody,
-    Allocator { base: NonNull<u8>, layout: Layout },
+    Allocator {
+        base: NonNull<u8>,
+        layout: Layout,
+    },
     #[cfg(unix)]
-    Mapping { base: NonNull<u8>, len: usize },
+    Mapping {
+        base: NonNull<u8>,
+        len: usize,
+    },
 }
 
 // SAFETY: the memory is owned, plain bytes; shared access only reads.
@@ -92,10 +98,6 @@ impl AlignedBytes {
     }
 
     pub(crate) fn as_ptr(&self) -> *const u8 {
-        self.ptr.as_ptr()
-    }
-
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
         self.ptr.as_ptr()
     }
 
@@ -175,11 +177,7 @@ impl CpuBuffer {
     }
 
     fn expect(&self, dtype: DType, op: &'static str, argument: &'static str) -> Result<(), KernelError> {
-        if self.dtype == dtype {
-            Ok(())
-        } else {
-            Err(KernelError::Type { op, argument, found: self.dtype.name() })
-        }
+        if self.dtype == dtype { Ok(()) } else { Err(KernelError::Type { op, argument, found: self.dtype.name() }) }
     }
 
     /// All of it as `F32`. The error names the operation and its argument.
@@ -239,6 +237,11 @@ impl CpuKv {
         }
     }
 
+    /// The whole cache in words of 4 bytes: one `F32`, or a pair of `Bf16`, low half first.
+    pub(crate) fn words(&self) -> &[u32] {
+        self.bytes.view()
+    }
+
     /// The whole cache of an `F32` layout.
     pub fn f32(&self, op: &'static str) -> Result<&[f32], KernelError> {
         self.expect(DType::F32, op)?;
@@ -270,7 +273,8 @@ mod tests {
 
     #[test]
     fn memory_is_aligned_zeroed_and_as_long_as_asked() {
-        for len in [0, 1, 63, 64, 4096, MAP_FROM_BYTES - 1, MAP_FROM_BYTES, MAP_FROM_BYTES + 1, 3 * HUGE_PAGE_BYTES + 5] {
+        for len in [0, 1, 63, 64, 4096, MAP_FROM_BYTES - 1, MAP_FROM_BYTES, MAP_FROM_BYTES + 1, 3 * HUGE_PAGE_BYTES + 5]
+        {
             let mut bytes = AlignedBytes::zeroed("test", len).expect("small enough");
             assert_eq!(bytes.as_ptr() as usize % ALIGN, 0, "{len}");
             assert_eq!(bytes.len(), len);

@@ -2,8 +2,12 @@
 
 pub mod buffer;
 pub mod isa;
+pub(crate) mod lanes;
+pub(crate) mod math;
+pub mod peaks;
 pub mod thread_pool;
 
+pub use crate::ops::linear::cpu::CpuWeight;
 pub use buffer::{CpuBuffer, CpuKv};
 pub use isa::Isa;
 pub use thread_pool::ThreadPool;
@@ -36,6 +40,7 @@ pub struct CpuBackend {
     pub(crate) isa: Isa,
     pub(crate) pool: ThreadPool,
     pub(crate) linear_workspace: linear::cpu::Workspace,
+    pub(crate) attention_workspace: paged_attention::cpu::Workspace,
 }
 
 impl CpuBackend {
@@ -47,7 +52,8 @@ impl CpuBackend {
         }
         let pool = ThreadPool::new(config.num_threads)?;
         let linear_workspace = linear::cpu::Workspace::new(pool.num_threads())?;
-        Ok(Self { isa, pool, linear_workspace })
+        let attention_workspace = paged_attention::cpu::Workspace::new(pool.num_threads())?;
+        Ok(Self { isa, pool, linear_workspace, attention_workspace })
     }
 
     /// The instruction set that kernels and packed weights are for.
@@ -104,6 +110,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CpuKv, KernelError> {
+        layout.validate()?;
         CpuKv::zeroed(layout)
     }
 

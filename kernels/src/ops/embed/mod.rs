@@ -1,8 +1,9 @@
 //! Token ids to rows of the embedding matrix.
 
 pub(crate) mod cpu;
+pub mod reference;
 
-use crate::Backend;
+use crate::{Backend, KernelError};
 
 /// Looks up one row of `table` per token: `out[t] = table[token_table[token_indices[t]]]`.
 ///
@@ -18,4 +19,23 @@ pub struct Embed<'a, B: Backend> {
     pub token_indices: &'a B::Buffer,
     pub num_tokens: usize,
     pub out: &'a mut B::Buffer,
+}
+
+/// Whether the lengths of [`Embed`]'s arguments fit each other. The same on every device.
+pub(crate) fn check(
+    hidden_size: usize,
+    num_tokens: usize,
+    num_indices: usize,
+    out_len: usize,
+) -> Result<(), KernelError> {
+    let op = "embed";
+    if num_indices < num_tokens {
+        return Err(KernelError::Shape { op, argument: "token_indices", expected: num_tokens, found: num_indices });
+    }
+    match num_tokens.checked_mul(hidden_size) {
+        Some(expected) if expected <= out_len => Ok(()),
+        expected => {
+            Err(KernelError::Shape { op, argument: "out", expected: expected.unwrap_or(usize::MAX), found: out_len })
+        }
+    }
 }

@@ -1,8 +1,9 @@
 //! Products with a packed weight, from one row to thousands.
 
 pub(crate) mod cpu;
+pub mod reference;
 
-use crate::Backend;
+use crate::{Backend, DType, KernelError, WeightLayout, WeightSource};
 
 /// What happens to a finished sum before it is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub enum Epilogue {
 ///
 /// Writes `F32` `[num_rows, out_features]` to `out` (half as wide for `SwiGlu`). Every output is one sum over
 /// `in_features` in ascending order, accumulated in f32, whatever `num_rows` is; bias and residual are added last.
+/// `x` and `out` may be longer than the rows need. Fails with `KernelError::Shape` naming the argument, and with
+/// `KernelError::Type` where `SwiGlu` meets a weight that was not packed for it.
 pub struct Linear<'a, B: Backend> {
     pub x: &'a B::Buffer,
     pub num_rows: usize,
@@ -31,4 +34,82 @@ pub struct Linear<'a, B: Backend> {
     pub bias: Option<&'a B::Buffer>,
     pub epilogue: Epilogue,
     pub out: &'a mut B::Buffer,
+}
+
+/// What a packed matrix is, whatever its bytes look like on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightShape {
+    /// Of all parts together.
+    pub out_features: usize,
+    pub in_features: usize,
+    pub layout: WeightLayout,
+    pub dtype: DType,
+}
+
+impl WeightShape {
+    /// The shape that `source` packs to. Fails where its parts do not fit each other, are empty or are shorter or
+    /// longer than they say.
+    pub fn of(source: &WeightSource<'_>) -> Result<Self, KernelError> {
+        let op = "pack_weight";
+        let shape_error = |argument, expected, found| Err(KernelError::Shape { op, argument, expected, found });
+        if !matches!(source.dtype, DType::F32 | DType::Bf16) {
+            return Err(KernelError::Type { op, argument: "dtype", found: source.dtype.name() });
+        }
+        let expected_parts = if source.layout == WeightLayout::GateUp { 2 } else { source.parts.len().max(1) };
+        if source.parts.len() != expected_parts {
+            return shape_error("parts", expected_parts, source.parts.len());
+        }
+        let in_features = source.parts[0].cols;
+        let mut out_features = 0_usize;
+        for part in &source.parts {
+            if part.dtype == DType::U32 {
+                return Err(KernelError::Type { op, argument: "parts.dtype", found: part.dtype.name() });
+            }
+            if part.cols != in_features || part.cols == 0 {
+                return shape_error("parts.cols", in_features.max(1), part.cols);
+            }
+            if part.rows == 0 || (source.layout == WeightLayout::GateUp && part.rows != source.parts[0].rows) {
+                return shape_error("parts.rows", source.parts[0].rows.max(1), part.rows);
+            }
+            let num_bytes = part.rows.checked_mul(part.cols).and_then(|len| len.checked_mul(part.dtype.size()));
+            if num_bytes != Some(part.bytes.len()) {
+                return shape_error("parts.bytes", num_bytes.unwrap_or(usize::MAX), part.bytes.len());
+            }
+            // Each row takes bytes that are there, so the sum fits.
+            out_features += part.rows;
+        }
+        Ok(Self { out_features, in_features, layout: source.layout, dtype: source.dtype })
+    }
+
+    /// Numbers in a row of `out`.
+    pub fn out_cols(&self, epilogue: Epilogue) -> usize {
+        if epilogue == Epilogue::SwiGlu { self.out_features / 2 } else { self.out_features }
+    }
+
+    /// Whether the arguments of [`Linear`] fit each other; lengths in numbers. The same on every device.
+    pub fn check(
+        &self,
+        num_rows: usize,
+        x_len: usize,
+        bias_len: Option<usize>,
+        epilogue: Epilogue,
+        out_len: usize,
+    ) -> Result<(), KernelError> {
+        let op = "linear";
+        if epilogue == Epilogue::SwiGlu && self.layout != WeightLayout::GateUp {
+            return Err(KernelError::Type { op, argument: "weight", found: "stacked" });
+        }
+        let at_least = |argument, cols: usize, found| match num_rows.checked_mul(cols) {
+            Some(expected) if expected <= found => Ok(()),
+            expected => Err(KernelError::Shape { op, argument, expected: expected.unwrap_or(usize::MAX), found }),
+        };
+        at_least("x", self.in_features, x_len)?;
+        at_least("out", self.out_cols(epilogue), out_len)?;
+        match bias_len {
+            Some(found) if found != self.out_features => {
+                Err(KernelError::Shape { op, argument: "bias", expected: self.out_features, found })
+            }
+            _ => Ok(()),
+        }
+    }
 }

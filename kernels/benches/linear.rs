@@ -1,0 +1,117 @@
+//! `linear` at the shapes of a small model, beside what the machine can do at most.
+//!
+//! A table first (best of several runs, since other work disturbs single ones), then criterion's statistics.
+//! `cargo bench --bench linear -- --quick` for a short look; `LINEAR` weights are bf16.
+
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use quire_kernels::cpu::{CpuBackend, CpuBuffer, CpuConfig, CpuWeight, peaks};
+use quire_kernels::ops::linear::{Epilogue, Linear};
+use quire_kernels::testing::Rng;
+use quire_kernels::{Backend, DType, HostTensor, WeightLayout, WeightSource};
+
+/// Output and input features: projections of a model of 0.5 billion parameters, and its vocabulary.
+const SHAPES: [(usize, usize); 4] = [(1152, 896), (9728, 896), (896, 4864), (151_936, 896)];
+const NUM_ROWS: [usize; 4] = [1, 8, 32, 512];
+
+struct Case {
+    weight: CpuWeight,
+    x: CpuBuffer,
+    out: CpuBuffer,
+    num_rows: usize,
+    num_bytes: usize,
+    num_flops: usize,
+}
+
+impl Case {
+    fn new(backend: &mut CpuBackend, (out_features, in_features): (usize, usize), num_rows: usize) -> Self {
+        let mut rng = Rng::new(1);
+        // Speed does not depend on the numbers as long as they are normal ones: one random row, repeated.
+        let row: Vec<u8> =
+            rng.normals(in_features).iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+        let bytes = row.repeat(out_features);
+        let part = HostTensor { dtype: DType::Bf16, rows: out_features, cols: in_features, bytes: &bytes };
+        let source = WeightSource { parts: vec![part], layout: WeightLayout::Stacked, dtype: DType::Bf16 };
+        let weight = backend.pack_weight(&source).expect("memory");
+        let mut x = backend.alloc(DType::F32, num_rows * in_features).expect("memory");
+        backend.write_f32(&mut x, 0, &rng.normals(num_rows * in_features)).expect("fits");
+        let out = backend.alloc(DType::F32, num_rows * out_features).expect("memory");
+        let num_bytes = out_features * in_features * 2;
+        Self { weight, x, out, num_rows, num_bytes, num_flops: num_rows * num_bytes }
+    }
+
+    fn run(&mut self, backend: &mut CpuBackend) {
+        let Self { weight, x, out, num_rows, .. } = self;
+        let args = Linear { x, num_rows: *num_rows, weight, bias: None, epilogue: Epilogue::Store, out };
+        backend.linear(args).expect("arguments fit");
+    }
+}
+
+fn best_seconds(mut work: impl FnMut()) -> f64 {
+    let (start, mut best) = (Instant::now(), f64::INFINITY);
+    while start.elapsed() < Duration::from_millis(700) {
+        let start = Instant::now();
+        work();
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+/// More than the largest cache, to be read between runs: a step reads all other weights before it comes back to one.
+const EVICT_BYTES: usize = 96 << 20;
+
+fn main() {
+    let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut backend = CpuBackend::new(CpuConfig { num_threads, isa: None }).expect("threads");
+    let mut criterion = Criterion::default()
+        .configure_from_args()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_secs(1));
+
+    let limits = peaks::measure(&backend).expect("memory");
+    println!("{:?}", backend.info());
+    println!(
+        "peaks: read {:.1} GB/s, bf16 {:.0} GFLOP/s, f32 {:.0} GFLOP/s",
+        limits.read_bytes_per_second / 1e9,
+        limits.bf16_flops_per_second / 1e9,
+        limits.f32_flops_per_second / 1e9
+    );
+    println!("{:>5} {:>14} {:>10} {:>8} {:>6} {:>9} {:>6}", "rows", "weight", "best", "GB/s", "%", "GFLOP/s", "%");
+    for shape in SHAPES {
+        for num_rows in NUM_ROWS {
+            let mut case = Case::new(&mut backend, shape, num_rows);
+            // Enough weights in a row that none is left in a cache when its turn comes again.
+            let num_copies = if num_rows > 32 { 1 } else { EVICT_BYTES.div_ceil(case.num_bytes) };
+            let mut others: Vec<Case> = (1..num_copies).map(|_| Case::new(&mut backend, shape, num_rows)).collect();
+            let seconds = best_seconds(|| {
+                case.run(&mut backend);
+                others.iter_mut().for_each(|other| other.run(&mut backend));
+            }) / num_copies as f64;
+            let (bytes, flops) = (case.num_bytes as f64 / seconds, case.num_flops as f64 / seconds);
+            println!(
+                "{num_rows:>5} {:>14} {:>7.1} us {:>8.1} {:>6.1} {:>9.1} {:>6.1}",
+                format!("{}x{}", shape.0, shape.1),
+                seconds * 1e6,
+                bytes / 1e9,
+                100.0 * bytes / limits.read_bytes_per_second,
+                flops / 1e9,
+                100.0 * flops / limits.bf16_flops_per_second,
+            );
+        }
+    }
+
+    let mut group = criterion.benchmark_group("linear");
+    for shape in SHAPES {
+        for num_rows in NUM_ROWS {
+            let mut case = Case::new(&mut backend, shape, num_rows);
+            group.throughput(Throughput::Elements(case.num_flops as u64));
+            group.bench_function(BenchmarkId::new(format!("{}x{}", shape.0, shape.1), num_rows), |bencher| {
+                bencher.iter(|| case.run(&mut backend));
+            });
+        }
+    }
+    group.finish();
+    criterion.final_summary();
+}

@@ -1,0 +1,405 @@
+//! Micro-kernels: a few rows of activations times one panel of weights, sums held in registers.
+//!
+//! | kernel        | panel | tile | a step is        | weights of a step          |
+//! |---------------|-------|------|------------------|----------------------------|
+//! | AVX-512, bf16 | 64    | 6x64 | two features     | `[64][2]` bf16, `vdpbf16ps` |
+//! | AVX-512, f32  | 64    | 6x64 | one feature      | `[64]` f32, FMA            |
+//! | AVX2, bf16    | 16    | 6x16 | two features     | `[16][2]` bf16, widened, FMA |
+//! | AVX2, f32     | 16    | 6x16 | one feature      | `[16]` f32, FMA            |
+//! | portable      | 16    | 4x16 | as AVX2          | as AVX2                    |
+//!
+//! A step loads the panel's weights once, and broadcasts one activation (or pair) per row over them. 24 accumulators of
+//! 6x64, four weights and a broadcast fill the 32 registers; a dot product of bf16 pairs has a latency of 6 cycles on
+//! Zen 4, so 8 chains already run at full rate. Every accumulator is one chain over the steps in ascending order, in every
+//! tile shape: rows are never summed differently because of their neighbours.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+use crate::DType;
+use crate::cpu::Isa;
+
+/// The widest panel of any kernel.
+pub(super) const MAX_PANEL_WIDTH: usize = 64;
+
+/// How far ahead of use a stream that is read once is fetched.
+pub(super) const PREFETCH_AHEAD_BYTES: usize = 4096;
+
+/// The arguments of one micro-kernel.
+pub(super) struct Tile {
+    /// First row, at the first step.
+    pub(super) activations: *const u8,
+    /// Bytes from a row to the next.
+    pub(super) activation_stride: usize,
+    /// The panel at the first step.
+    pub(super) weights: *const u8,
+    pub(super) num_steps: usize,
+    /// `[rows][panel_width]`, in and out.
+    pub(super) sums: *mut f32,
+    /// Whether `sums` holds the chains so far; else they start at zero.
+    pub(super) continues: bool,
+    /// Where to fetch ahead from, some lines per step. May point anywhere.
+    pub(super) prefetch: *const u8,
+}
+
+type TileFn = unsafe fn(&Tile);
+
+/// One function per number of rows.
+macro_rules! tiles {
+    ($name:ident $(, $arg:expr)?) => {
+        [
+            $name::<1 $(, $arg)?>,
+            $name::<2 $(, $arg)?>,
+            $name::<3 $(, $arg)?>,
+            $name::<4 $(, $arg)?>,
+            $name::<5 $(, $arg)?>,
+            $name::<6 $(, $arg)?>,
+        ]
+    };
+}
+
+/// [`tiles`] for each number of lines fetched ahead.
+#[cfg(target_arch = "x86_64")]
+macro_rules! by_lines {
+    ($name:ident) => {
+        [tiles!($name, 0), tiles!($name, 1), tiles!($name, 2), tiles!($name, 3), tiles!($name, 4)]
+    };
+}
+
+/// The micro-kernels for one instruction set and weight type, and the layout that they read.
+#[derive(Clone, Copy)]
+pub(super) struct Kernel {
+    pub(super) panel_width: usize,
+    pub(super) max_tile_rows: usize,
+    /// Input features of a step: 2 where pairs are interleaved.
+    pub(super) features_per_step: usize,
+    pub(super) weight_size: usize,
+    /// Whether activations go through the workspace, rounded to bf16.
+    pub(super) rounds_activations: bool,
+    /// Bytes that a row of activations moves on per step.
+    pub(super) activation_step_bytes: usize,
+    /// Cache lines of a step.
+    pub(super) lines_per_step: usize,
+    /// By lines fetched ahead per step, then by rows - 1.
+    tiles: [[TileFn; 6]; 5],
+}
+
+impl Kernel {
+    pub(super) fn new(isa: Isa, dtype: DType) -> Self {
+        let is_bf16 = dtype == DType::Bf16;
+        let base = Self {
+            panel_width: 16,
+            max_tile_rows: 4,
+            features_per_step: if is_bf16 { 2 } else { 1 },
+            weight_size: dtype.size(),
+            rounds_activations: is_bf16,
+            activation_step_bytes: if is_bf16 { 8 } else { 4 },
+            lines_per_step: 1,
+            tiles: if is_bf16 { [tiles!(portable, true); 5] } else { [tiles!(portable, false); 5] },
+        };
+        match isa {
+            Isa::Portable => base,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Self {
+                max_tile_rows: 6,
+                tiles: if is_bf16 { by_lines!(avx2_bf16) } else { by_lines!(avx2_f32) },
+                ..base
+            },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Self {
+                panel_width: 64,
+                max_tile_rows: 6,
+                activation_step_bytes: 4,
+                lines_per_step: 4,
+                tiles: if is_bf16 { by_lines!(avx512_bf16) } else { by_lines!(avx512_f32) },
+                ..base
+            },
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => base,
+        }
+    }
+
+    /// Bytes of one step of a panel.
+    pub(super) fn step_bytes(&self) -> usize {
+        self.panel_width * self.features_per_step * self.weight_size
+    }
+
+    /// Bytes from a rounded row to the next: whole cache lines, an odd number of them, so that the rows of a tile do not
+    /// fall into the same sets of the level-1 cache.
+    pub(super) fn activation_stride(&self, in_features: usize) -> usize {
+        let row_bytes = in_features.div_ceil(self.features_per_step) * self.activation_step_bytes;
+        (row_bytes.div_ceil(64) | 1) * 64
+    }
+
+    /// Computes one tile of `num_rows` rows, fetching `num_lines` cache lines ahead per step (at most `lines_per_step`).
+    ///
+    /// # Safety
+    /// All of the tile but `prefetch` points to memory of the sizes that follow from its numbers and this kernel's;
+    /// `num_rows` is 1 to `max_tile_rows`.
+    pub(super) unsafe fn run(&self, num_rows: usize, num_lines: usize, tile: &Tile) {
+        debug_assert!((1..=self.max_tile_rows).contains(&num_rows));
+        // SAFETY: by contract; the kernel was made for an available instruction set.
+        unsafe { self.tiles[num_lines][num_rows - 1](tile) }
+    }
+}
+
+/// `R` rows; fetches `P` lines ahead per step.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn avx512_bf16<const R: usize, const P: usize>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
+    unsafe {
+        let mut acc = load_avx512::<R>(tile);
+        let mut weights = tile.weights;
+        let mut prefetch = tile.prefetch;
+        let mut activations = tile.activations;
+        for _ in 0..tile.num_steps {
+            let mut w = [_mm512_setzero_si512(); 4];
+            for (v, w) in w.iter_mut().enumerate() {
+                *w = _mm512_loadu_si512(weights.add(v * 64).cast());
+            }
+            for line in 0..P {
+                _mm_prefetch::<_MM_HINT_T0>(prefetch.wrapping_add(line * 64).cast());
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let pair = activations.add(r * tile.activation_stride).cast::<i32>().read();
+                let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair));
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    *acc = _mm512_dpbf16_ps(*acc, pair, std::mem::transmute::<__m512i, __m512bh>(w));
+                }
+            }
+            weights = weights.add(256);
+            activations = activations.add(4);
+            prefetch = prefetch.wrapping_add(P * 64);
+        }
+        store_avx512(tile, &acc);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn avx512_f32<const R: usize, const P: usize>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
+    unsafe {
+        let mut acc = load_avx512::<R>(tile);
+        let mut weights = tile.weights;
+        let mut prefetch = tile.prefetch;
+        let mut activations = tile.activations;
+        for _ in 0..tile.num_steps {
+            let mut w = [_mm512_setzero_ps(); 4];
+            for (v, w) in w.iter_mut().enumerate() {
+                *w = _mm512_loadu_ps(weights.add(v * 64).cast());
+            }
+            for line in 0..P {
+                _mm_prefetch::<_MM_HINT_T0>(prefetch.wrapping_add(line * 64).cast());
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = _mm512_set1_ps(activations.add(r * tile.activation_stride).cast::<f32>().read());
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    *acc = _mm512_fmadd_ps(x, w, *acc);
+                }
+            }
+            weights = weights.add(256);
+            activations = activations.add(4);
+            prefetch = prefetch.wrapping_add(P * 64);
+        }
+        store_avx512(tile, &acc);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_avx512<const R: usize>(tile: &Tile) -> [[__m512; 4]; R] {
+    let mut acc = [[_mm512_setzero_ps(); 4]; R];
+    if tile.continues {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (v, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: `sums` holds `R` rows of 64.
+                *acc = unsafe { _mm512_loadu_ps(tile.sums.add(r * 64 + v * 16)) };
+            }
+        }
+    }
+    acc
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn store_avx512<const R: usize>(tile: &Tile, acc: &[[__m512; 4]; R]) {
+    for (r, acc) in acc.iter().enumerate() {
+        for (v, acc) in acc.iter().enumerate() {
+            // SAFETY: `sums` holds `R` rows of 64.
+            unsafe { _mm512_storeu_ps(tile.sums.add(r * 64 + v * 16), *acc) };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_bf16<const R: usize, const P: usize>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
+    unsafe {
+        let mut acc = load_avx2::<R>(tile);
+        let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+        let mut weights = tile.weights;
+        let mut prefetch = tile.prefetch;
+        let mut activations = tile.activations;
+        for _ in 0..tile.num_steps {
+            for line in 0..P {
+                _mm_prefetch::<_MM_HINT_T0>(prefetch.wrapping_add(line * 64).cast());
+            }
+            let w0 = _mm256_loadu_si256(weights.cast());
+            let w1 = _mm256_loadu_si256(weights.add(32).cast());
+            // A bf16 is the upper half of an f32: the first of a pair is shifted up, the second masked.
+            let first =
+                [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(w0)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w1))];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = _mm256_broadcast_ss(&*activations.add(r * tile.activation_stride).cast::<f32>());
+                acc[0] = _mm256_fmadd_ps(x, first[0], acc[0]);
+                acc[1] = _mm256_fmadd_ps(x, first[1], acc[1]);
+            }
+            let second =
+                [_mm256_castsi256_ps(_mm256_and_si256(w0, high)), _mm256_castsi256_ps(_mm256_and_si256(w1, high))];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = _mm256_broadcast_ss(&*activations.add(r * tile.activation_stride + 4).cast::<f32>());
+                acc[0] = _mm256_fmadd_ps(x, second[0], acc[0]);
+                acc[1] = _mm256_fmadd_ps(x, second[1], acc[1]);
+            }
+            weights = weights.add(64);
+            activations = activations.add(8);
+            prefetch = prefetch.wrapping_add(P * 64);
+        }
+        store_avx2(tile, &acc);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_f32<const R: usize, const P: usize>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
+    unsafe {
+        let mut acc = load_avx2::<R>(tile);
+        let mut weights = tile.weights;
+        let mut prefetch = tile.prefetch;
+        let mut activations = tile.activations;
+        for _ in 0..tile.num_steps {
+            for line in 0..P {
+                _mm_prefetch::<_MM_HINT_T0>(prefetch.wrapping_add(line * 64).cast());
+            }
+            let w = [_mm256_loadu_ps(weights.cast()), _mm256_loadu_ps(weights.add(32).cast())];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = _mm256_broadcast_ss(&*activations.add(r * tile.activation_stride).cast::<f32>());
+                acc[0] = _mm256_fmadd_ps(x, w[0], acc[0]);
+                acc[1] = _mm256_fmadd_ps(x, w[1], acc[1]);
+            }
+            weights = weights.add(64);
+            activations = activations.add(4);
+            prefetch = prefetch.wrapping_add(P * 64);
+        }
+        store_avx2(tile, &acc);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn load_avx2<const R: usize>(tile: &Tile) -> [[__m256; 2]; R] {
+    let mut acc = [[_mm256_setzero_ps(); 2]; R];
+    if tile.continues {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (v, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: `sums` holds `R` rows of 16.
+                *acc = unsafe { _mm256_loadu_ps(tile.sums.add(r * 16 + v * 8)) };
+            }
+        }
+    }
+    acc
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn store_avx2<const R: usize>(tile: &Tile, acc: &[[__m256; 2]; R]) {
+    for (r, acc) in acc.iter().enumerate() {
+        for (v, acc) in acc.iter().enumerate() {
+            // SAFETY: `sums` holds `R` rows of 16.
+            unsafe { _mm256_storeu_ps(tile.sums.add(r * 16 + v * 8), *acc) };
+        }
+    }
+}
+
+/// `acc + x * w`, fused where the build's target does that in one instruction. Elsewhere a fused product would be a
+/// call into the C library for every number.
+#[inline(always)]
+fn multiply_add(x: f32, w: f32, acc: f32) -> f32 {
+    if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { x.mul_add(w, acc) } else { acc + x * w }
+}
+
+/// Plain loops over a panel of 16, which the compiler turns into whatever vectors the target has.
+unsafe fn portable<const R: usize, const BF16: bool>(tile: &Tile) {
+    const WIDTH: usize = 16;
+    let mut acc = [[0.0_f32; WIDTH]; R];
+    // SAFETY: `sums` holds `R` rows of 16; the panel holds `num_steps` steps of 16 pairs (or single numbers), the
+    // activations `R` rows of as many, all aligned for their types. See `Kernel::run`.
+    unsafe {
+        if tile.continues {
+            acc = tile.sums.cast::<[[f32; WIDTH]; R]>().read();
+        }
+        for step in 0..tile.num_steps {
+            if BF16 {
+                let pairs = tile.weights.cast::<[u32; WIDTH]>().add(step).read();
+                let first = pairs.map(|pair| f32::from_bits(pair << 16));
+                let second = pairs.map(|pair| f32::from_bits(pair & 0xffff_0000));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let row = tile.activations.add(r * tile.activation_stride).cast::<[f32; 2]>();
+                    let x = row.add(step).read();
+                    for (acc, w) in acc.iter_mut().zip(first) {
+                        *acc = multiply_add(x[0], w, *acc);
+                    }
+                    for (acc, w) in acc.iter_mut().zip(second) {
+                        *acc = multiply_add(x[1], w, *acc);
+                    }
+                }
+            } else {
+                let weights = tile.weights.cast::<[f32; WIDTH]>().add(step).read();
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = tile.activations.add(r * tile.activation_stride).cast::<f32>().add(step).read();
+                    for (acc, w) in acc.iter_mut().zip(weights) {
+                        *acc = multiply_add(x, w, *acc);
+                    }
+                }
+            }
+        }
+        tile.sums.cast::<[[f32; WIDTH]; R]>().write(acc);
+    }
+}
+
+/// Rounds one row to bf16 numbers, and fills it up with zeros.
+///
+/// # Safety
+/// `target` is 64-byte aligned and a multiple of 64 bytes with room for the row.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) unsafe fn round_row_avx512(x: &[f32], target: &mut [u8]) {
+    debug_assert!(target.len().is_multiple_of(64) && target.len() >= x.len() * 2);
+    for (line, target) in target.chunks_exact_mut(64).enumerate() {
+        let rest = x.len().saturating_sub(line * 32);
+        // SAFETY: the masks leave out what is past the row; a line of the target is one register.
+        unsafe {
+            let load = |skip: usize| {
+                let num = rest.saturating_sub(skip).min(16);
+                let mask = ((1_u32 << num) - 1) as u16;
+                _mm512_maskz_loadu_ps(mask, x.as_ptr().wrapping_add(line * 32 + skip))
+            };
+            let rounded = _mm512_cvtne2ps_pbh(load(16), load(0));
+            _mm512_storeu_si512(target.as_mut_ptr().cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));
+        }
+    }
+}
+
+/// Rounds one row to bf16 numbers, kept as f32, and fills it up with zeros.
+pub(super) fn round_row_f32(x: &[f32], target: &mut [u8]) {
+    let (numbers, padding) = target.split_at_mut(size_of_val(x));
+    for (target, &x) in numbers.chunks_exact_mut(4).zip(x) {
+        let rounded = u32::from(super::weight::bf16_bits(x)) << 16;
+        target.copy_from_slice(&rounded.to_ne_bytes());
+    }
+    padding.fill(0);
+}
