@@ -46,6 +46,32 @@ fn num_threads(asked: usize) -> usize {
     }
 }
 
+/// Why CUDA is not what computes: no driver or no card here, or a card that this build cannot use.
 fn why_not_cuda() -> String {
-    "this build does not execute on CUDA".to_owned()
+    match quire_kernels::cuda::probe() {
+        Err(error) => error.to_string(),
+        Ok(devices) => match devices.first() {
+            None => "cuda: the driver lists no devices".to_owned(),
+            Some(device) => format!("cuda: {} is here, but this build does not compute on CUDA yet", device.name),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::EngineError;
+
+    #[test]
+    fn asking_for_cuda_gives_one_line_and_auto_a_note() {
+        let config = |device| EngineConfig { device, num_threads: 1, ..EngineConfig::default() };
+        let Err(EngineError::Config { field, why }) = open_device(&config(DeviceChoice::Cuda)) else {
+            panic!("CUDA does not compute in this build");
+        };
+        assert_eq!(field, "engine.device");
+        assert!(why.starts_with("cuda: ") && !why.contains('\n'), "{why}");
+        let (_, note) = open_device(&config(DeviceChoice::Auto)).unwrap();
+        assert!(note.is_some_and(|note| note.ends_with(&why)));
+        assert_eq!(open_device(&config(DeviceChoice::Cpu)).unwrap().1, None);
+    }
 }

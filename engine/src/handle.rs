@@ -11,6 +11,7 @@ use quire_scheduler::{
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::SubmitError;
+use crate::sampler;
 
 /// Most tokens whose log probability is reported beside the chosen one.
 pub const MAX_LOGPROBS: u32 = 128;
@@ -219,32 +220,20 @@ impl EngineHandle {
     }
 }
 
-/// Refuses token ids that the model does not have, and more log probabilities than are kept room for. Everything else
-/// is the scheduler's to judge.
+/// Refuses what the device could not compute. Everything else is the scheduler's to judge.
 fn check(submission: &Submission, model: &ModelInfo) -> Result<(), SubmitError> {
-    let refuse = |field, why| Err(quire_scheduler::SubmitError::Invalid { field, why }.into());
+    let refuse = |field| {
+        let why = "holds a token id that the model does not have";
+        Err(quire_scheduler::SubmitError::Invalid { field, why }.into())
+    };
     let past_vocab = |ids: &[u32]| ids.iter().any(|id| *id >= model.vocab_size);
-    let sampling = &submission.sampling;
-    const PAST_VOCAB: &str = "holds a token id that the model does not have";
     if past_vocab(&submission.prompt) {
-        return refuse("prompt", PAST_VOCAB);
+        return refuse("prompt");
     }
     if past_vocab(&submission.generated) {
-        return refuse("generated", PAST_VOCAB);
+        return refuse("generated");
     }
-    if sampling.allowed_token_ids.as_deref().is_some_and(past_vocab) {
-        return refuse("allowed_token_ids", PAST_VOCAB);
-    }
-    if sampling.logit_bias.iter().any(|(id, _)| *id >= model.vocab_size) {
-        return refuse("logit_bias", PAST_VOCAB);
-    }
-    if sampling.bad_words.iter().any(|word| past_vocab(word)) {
-        return refuse("bad_words", PAST_VOCAB);
-    }
-    if sampling.logprobs.max(sampling.prompt_logprobs) > Some(MAX_LOGPROBS) {
-        return refuse("logprobs", "asks for more than 128 tokens");
-    }
-    Ok(())
+    Ok(sampler::check(&submission.sampling, model.vocab_size)?)
 }
 
 /// What handles, streams and the engine's thread have in common.

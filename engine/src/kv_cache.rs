@@ -43,7 +43,7 @@ impl KvPlan {
         budget: Budget,
     ) -> Result<Self, EngineError> {
         let block_size = settings.block_size;
-        if block_size == 0 || block_size % 16 != 0 || block_size > 1024 {
+        if block_size == 0 || !block_size.is_multiple_of(16) || block_size > 1024 {
             return Err(config_error(
                 "scheduler.block_size",
                 format!("{block_size} is not a multiple of 16 up to 1024"),

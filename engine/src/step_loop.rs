@@ -115,7 +115,7 @@ impl<E: Executor> StepLoop<E> {
             let wait = if self.scheduler.has_work() { Wait::No } else { Wait::Yes };
             if wait == Wait::Yes {
                 self.scheduler.check_invariants();
-                *lock(&self.shared.stats) = self.scheduler.stats();
+                self.note_stats();
                 self.shared.rest();
             }
             self.shared.take_commands(wait, MAX_SUBMISSIONS_PER_STEP, &mut self.commands);
@@ -143,16 +143,18 @@ impl<E: Executor> StepLoop<E> {
             self.submit(queued, now);
         }
         for (id, asked_at) in commands.aborts.drain(..) {
-            if let Some(live) = self.live.get_mut(&id) {
-                live.cancelled_at.get_or_insert(asked_at);
-                self.scheduler.abort(id);
-            }
+            self.abort(id, asked_at);
         }
         self.commands = commands;
     }
 
     fn submit(&mut self, queued: QueuedSubmission, now: Time) {
         let QueuedSubmission { submission, mut stream, events, reply } = queued;
+        if reply.is_closed() {
+            // Nobody waits for the answer any more.
+            stream.disarm();
+            return;
+        }
         let id = stream.id();
         let num_choices = submission.sampling.num_choices;
         let request = Request {
@@ -170,16 +172,27 @@ impl<E: Executor> StepLoop<E> {
             stop_token_ids: submission.stop_token_ids,
             deadline: submission.deadline.map(|at| self.shared.time(at)),
         };
-        // Where nobody waits for the answer any more, the stream comes back and is dropped, which ends the request.
         match self.scheduler.submit(request, now) {
             Ok(()) => {
                 self.live.insert(id, LiveRequest { events, num_open: num_choices, cancelled_at: None });
-                drop(reply.send(Ok(stream)));
+                self.note_stats();
+                if let Err(Ok(mut stream)) = reply.send(Ok(stream)) {
+                    // The caller left in this very moment.
+                    stream.disarm();
+                    self.abort(id, Instant::now());
+                }
             }
             Err(error) => {
                 stream.disarm();
                 drop(reply.send(Err(SubmitError::Scheduler(error))));
             }
+        }
+    }
+
+    fn abort(&mut self, id: RequestId, asked_at: Instant) {
+        if let Some(live) = self.live.get_mut(&id) {
+            live.cancelled_at.get_or_insert(asked_at);
+            self.scheduler.abort(id);
         }
     }
 
@@ -227,7 +240,6 @@ impl<E: Executor> StepLoop<E> {
         self.publish();
         if !is_empty {
             let stats = self.scheduler.stats();
-            *lock(&self.shared.stats) = stats;
             self.observer.step(&StepReport {
                 num_decodes,
                 num_prefill_tokens,
@@ -241,8 +253,13 @@ impl<E: Executor> StepLoop<E> {
         Ok(())
     }
 
-    /// Forwards what happened to whoever waits for it.
+    fn note_stats(&self) {
+        *lock(&self.shared.stats) = self.scheduler.stats();
+    }
+
+    /// Forwards what happened to whoever waits for it. Counters first: who sees an end sees its blocks free.
     fn publish(&mut self) {
+        self.note_stats();
         self.scheduler.drain_events(&mut self.events);
         let mut events = std::mem::take(&mut self.events);
         for event in events.drain(..) {

@@ -201,7 +201,10 @@ impl Gate {
 
     /// Lets all steps through.
     pub fn open(&self) {
-        self.change(|state| state.is_open = true);
+        self.change(|state| {
+            state.is_open = true;
+            state.is_held = false;
+        });
     }
 
     /// Holds the next step.
@@ -214,7 +217,10 @@ impl Gate {
 
     /// Lets so many more steps through.
     pub fn let_through(&self, num_steps: u64) {
-        self.change(|state| state.num_permits += num_steps);
+        self.change(|state| {
+            state.num_permits += num_steps;
+            state.is_held &= num_steps == 0;
+        });
     }
 
     /// Blocks until a step waits here.

@@ -5,6 +5,7 @@
 use std::ops::RangeInclusive;
 
 use quire_kernels::DType;
+use quire_kernels::kv_layout::MAX_HEAD_DIM;
 use quire_kernels::ops::rope_kv_write::AttentionShape;
 use serde_json::{Map, Value};
 
@@ -313,10 +314,10 @@ fn unknown_architecture(name: &str) -> String {
 
 fn check_heads(facts: &Facts, shape: &Shape) -> Result<(), EngineError> {
     let Facts { head_dim, num_kv_heads, .. } = *facts;
-    if head_dim == 0 || head_dim % 2 != 0 || head_dim > 512 {
-        return Err(unsupported("head_dim", format!("{head_dim} is not an even number from 2 to 512")));
+    if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > MAX_HEAD_DIM {
+        return Err(unsupported("head_dim", format!("{head_dim} is not an even number from 2 to {MAX_HEAD_DIM}")));
     }
-    if num_kv_heads == 0 || shape.num_heads % num_kv_heads != 0 {
+    if num_kv_heads == 0 || !shape.num_heads.is_multiple_of(num_kv_heads) {
         let why = format!("{} heads do not share {num_kv_heads} evenly", shape.num_heads);
         return Err(unsupported("num_key_value_heads", why));
     }

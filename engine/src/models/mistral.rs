@@ -1,5 +1,7 @@
 //! Mistral 7B and its successors of the same shape (Jiang et al. 2023).
 
+use quire_kernels::kv_layout::MAX_HEAD_DIM;
+
 use super::config::{Facts, Fields, LayerType, Shape};
 use crate::error::EngineError;
 
@@ -17,7 +19,7 @@ pub(crate) fn facts(fields: &Fields<'_>, shape: &Shape) -> Result<Facts, EngineE
         fields.layer_types(shape.num_layers)?.unwrap_or_else(|| vec![LayerType::Sliding; shape.num_layers]);
     Ok(Facts {
         num_kv_heads: fields.optional_size("num_key_value_heads", 1..=1024)?.unwrap_or(8),
-        head_dim: fields.optional_size("head_dim", 1..=512)?.unwrap_or(shape.default_head_dim()),
+        head_dim: fields.optional_size("head_dim", 1..=MAX_HEAD_DIM)?.unwrap_or(shape.default_head_dim()),
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,

@@ -1,5 +1,7 @@
 //! Qwen2 and Qwen2.5 (Yang et al. 2024).
 
+use quire_kernels::kv_layout::MAX_HEAD_DIM;
+
 use super::config::{Facts, Fields, LayerType, Shape};
 use crate::error::EngineError;
 
@@ -10,7 +12,7 @@ pub(crate) const NAME: &str = "Qwen2ForCausalLM";
 pub(crate) fn facts(fields: &Fields<'_>, shape: &Shape) -> Result<Facts, EngineError> {
     Ok(Facts {
         num_kv_heads: fields.optional_size("num_key_value_heads", 1..=1024)?.unwrap_or(32),
-        head_dim: fields.optional_size("head_dim", 1..=512)?.unwrap_or(shape.default_head_dim()),
+        head_dim: fields.optional_size("head_dim", 1..=MAX_HEAD_DIM)?.unwrap_or(shape.default_head_dim()),
         qkv_bias: true,
         o_bias: false,
         mlp_bias: false,

@@ -1,5 +1,7 @@
 //! Qwen3 (Yang et al. 2025).
 
+use quire_kernels::kv_layout::MAX_HEAD_DIM;
+
 use super::config::{Facts, Fields, Shape};
 use super::qwen2;
 use crate::error::EngineError;
@@ -11,7 +13,7 @@ pub(crate) fn facts(fields: &Fields<'_>, shape: &Shape) -> Result<Facts, EngineE
     let attention_bias = fields.flag("attention_bias", false)?;
     Ok(Facts {
         num_kv_heads: fields.optional_size("num_key_value_heads", 1..=1024)?.unwrap_or(32),
-        head_dim: fields.optional_size("head_dim", 1..=512)?.unwrap_or(128),
+        head_dim: fields.optional_size("head_dim", 1..=MAX_HEAD_DIM)?.unwrap_or(128),
         qkv_bias: attention_bias,
         o_bias: attention_bias,
         mlp_bias: false,
