@@ -187,11 +187,13 @@ pub fn simulate(simulation: &Simulation) -> Report {
 }
 
 impl Run<'_> {
-    /// False when the queue is full.
+    /// False when there is no room for it to wait.
     fn submit(&mut self, request: Request, now: Time) -> bool {
         match self.scheduler.submit(request.clone(), now) {
             Ok(()) => {}
             Err(SubmitError::QueueFull { .. } | SubmitError::WaitTooLong { .. }) => return false,
+            // Its choices could not wait together even in an empty queue.
+            Err(SubmitError::Invalid { field: "num_choices", .. }) => return false,
             Err(error) => panic!("{error}"),
         }
         for choice in 0..request.sampling.num_choices {
