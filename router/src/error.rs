@@ -1,0 +1,91 @@
+//! Every cause of a refused or failed request, and the one table that says how HTTP and gRPC report it.
+
+use axum::http::StatusCode;
+use tonic::Code;
+
+/// What a client is told. Messages name the field and the limit; they never hold prompt text or an inner error.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ApiError {
+    /// A field's value cannot be served. `param` is the field's name on the wire.
+    #[error("{message}")]
+    InvalidRequest { param: Option<String>, message: String },
+    /// Prompt and `max_tokens` together exceed the model's length.
+    #[error("{message}")]
+    ContextTooLong { message: String },
+    #[error("a valid API key is needed")]
+    Unauthorized,
+    #[error("the model `{model}` does not exist")]
+    ModelNotFound { model: String },
+    /// The body, a header or a message is larger than its limit.
+    #[error("{what} is larger than {limit} bytes")]
+    TooLarge { what: &'static str, limit: usize },
+    /// The queue is full.
+    #[error("the server is overloaded; try again in {retry_after_seconds} s")]
+    Overloaded { retry_after_seconds: u64 },
+    /// The client left or cancelled.
+    #[error("the request was cancelled")]
+    Cancelled,
+    /// A device failure or a bug; the log holds the cause under this request's id.
+    #[error("internal error; quote request id {request_id}")]
+    Internal { request_id: String },
+    /// Starting, draining, or no worker.
+    #[error("{why}")]
+    Unavailable { why: &'static str },
+    #[error("the deadline passed")]
+    DeadlineExceeded,
+}
+
+impl ApiError {
+    /// HTTP status and gRPC code: two columns of one table.
+    pub fn status(&self) -> (StatusCode, Code) {
+        match self {
+            Self::InvalidRequest { .. } | Self::ContextTooLong { .. } => {
+                (StatusCode::BAD_REQUEST, Code::InvalidArgument)
+            }
+            Self::Unauthorized => (StatusCode::UNAUTHORIZED, Code::Unauthenticated),
+            Self::ModelNotFound { .. } => (StatusCode::NOT_FOUND, Code::NotFound),
+            Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, Code::ResourceExhausted),
+            Self::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, Code::ResourceExhausted),
+            // 499 is the field's own code for "client closed request"; the registry has no name for it.
+            Self::Cancelled => (StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST), Code::Cancelled),
+            Self::Internal { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Code::Internal),
+            Self::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable),
+            Self::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, Code::DeadlineExceeded),
+        }
+    }
+
+    /// `type` and `code` of an error in OpenAI's JSON shape.
+    pub fn names(&self) -> (&'static str, Option<&'static str>) {
+        match self {
+            Self::InvalidRequest { .. } => ("invalid_request_error", None),
+            Self::ContextTooLong { .. } => ("invalid_request_error", Some("context_length_exceeded")),
+            Self::Unauthorized => ("invalid_request_error", Some("invalid_api_key")),
+            Self::ModelNotFound { .. } => ("invalid_request_error", Some("model_not_found")),
+            Self::TooLarge { .. } => ("invalid_request_error", Some("request_too_large")),
+            Self::Overloaded { .. } => ("rate_limit_error", Some("overloaded")),
+            Self::Cancelled => ("request_cancelled", Some("cancelled")),
+            Self::Internal { .. } => ("server_error", Some("internal_error")),
+            Self::Unavailable { .. } => ("server_error", Some("unavailable")),
+            Self::DeadlineExceeded => ("server_error", Some("deadline_exceeded")),
+        }
+    }
+
+    /// The field to blame, where there is one.
+    pub fn param(&self) -> Option<&str> {
+        match self {
+            Self::InvalidRequest { param, .. } => param.as_deref(),
+            Self::ModelNotFound { .. } => Some("model"),
+            _ => None,
+        }
+    }
+
+    /// When a client should try again, in seconds, where trying again can help.
+    pub fn retry_after_seconds(&self) -> Option<u64> {
+        match self {
+            Self::Overloaded { retry_after_seconds } => Some(*retry_after_seconds),
+            // Time for a load balancer to find another replica, or for this one to come up.
+            Self::Unavailable { .. } => Some(5),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! The one set of handlers behind HTTP and gRPC: from text or tokens and parameters to a stream of text and tokens.
+//!
+//! Both faces parse their own wire form into [`GenerationRequest`], call [`GenerationService::generate`], and frame the
+//! [`GenerationEvent`]s that come back. Everything that a request can be refused for is decided here, once.
+
+mod choice;
+mod limits;
+mod service;
+mod text;
+mod validate;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use quire_scheduler::{TenantId, TokenLogprobs};
+
+use crate::error::ApiError;
+use crate::metrics::Endpoint;
+
+pub use limits::Limits;
+pub use service::{Generation, GenerationService, ServiceParts};
+pub(crate) use validate::invalid;
+
+/// One message of a conversation, as the chat template sees it.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct ChatMessage {
+    pub role: String,
+    pub content: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// What to continue.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Input {
+    Text { text: String, add_special_tokens: bool },
+    TokenIds(Vec<u32>),
+    Chat(ChatInput),
+}
+
+/// A conversation and how the chat template is to render it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChatInput {
+    pub messages: Vec<ChatMessage>,
+    /// Whether the prompt ends with the opening of an assistant's message.
+    pub add_generation_prompt: bool,
+    /// Whether the last message is left open, so that the model goes on with it.
+    pub continue_final_message: bool,
+    /// Whether the tokenizer adds its own tokens (BOS) too; most templates write them themselves.
+    pub add_special_tokens: bool,
+    /// The one switch that templates read beside the messages; `None` leaves it undefined.
+    pub enable_thinking: Option<bool>,
+}
+
+impl Default for ChatInput {
+    fn default() -> Self {
+        Self {
+            messages: Vec::new(),
+            add_generation_prompt: true,
+            continue_final_message: false,
+            add_special_tokens: false,
+            enable_thinking: None,
+        }
+    }
+}
+
+/// Sampling and limits as a client gave them; what is absent takes the model's default from `generation_config.json`,
+/// then the server's. Ranges are checked by [`GenerationService::generate`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationParams {
+    pub max_tokens: Option<u64>,
+    pub min_tokens: Option<u64>,
+    pub n: Option<u64>,
+    pub temperature: Option<f64>,
+    pub top_k: Option<i64>,
+    pub top_p: Option<f64>,
+    pub min_p: Option<f64>,
+    pub typical_p: Option<f64>,
+    pub repetition_penalty: Option<f64>,
+    pub presence_penalty: Option<f64>,
+    pub frequency_penalty: Option<f64>,
+    pub logit_bias: BTreeMap<u32, f64>,
+    pub allowed_token_ids: Option<Vec<u32>>,
+    pub bad_words: Vec<String>,
+    pub stop: Vec<String>,
+    pub include_stop_str_in_output: bool,
+    pub stop_token_ids: Vec<u32>,
+    pub ignore_eos: bool,
+    pub seed: Option<i64>,
+    /// Most likely tokens to report beside the chosen one; `None` reports nothing.
+    pub logprobs: Option<u64>,
+    pub prompt_logprobs: Option<u64>,
+    pub skip_special_tokens: Option<bool>,
+    pub priority: i32,
+    pub cache_salt: Option<String>,
+    pub truncate_prompt_tokens: Option<u64>,
+}
+
+/// A request of either face.
+#[derive(Clone, Debug)]
+pub struct GenerationRequest {
+    /// Of the form `[A-Za-z0-9._-]{1,64}`; made by the face where the client gave none.
+    pub request_id: String,
+    /// Where it came in, for the metrics.
+    pub endpoint: Endpoint,
+    pub tenant: TenantId,
+    /// `None` takes the server's model.
+    pub model: Option<String>,
+    pub input: Input,
+    pub params: GenerationParams,
+    pub deadline: Option<Instant>,
+}
+
+/// Text of a token and its log probability, for one reported token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenInfo {
+    pub token_id: u32,
+    /// The token's own bytes; not always whole UTF-8.
+    pub bytes: Arc<[u8]>,
+    pub logprobs: Option<NamedLogprobs>,
+}
+
+/// [`TokenLogprobs`] with the bytes of the tokens named.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedLogprobs {
+    pub values: TokenLogprobs,
+    /// Beside `values.top`.
+    pub top_bytes: Vec<Arc<[u8]>>,
+}
+
+/// Why a choice ended, as clients see it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum StopCause {
+    /// The model's end of sequence.
+    EndOfSequence,
+    /// A stop token that the request named.
+    StopToken(u32),
+    /// A stop string that the request named.
+    StopString(String),
+    /// `max_tokens` or the model's length.
+    Length,
+}
+
+/// Tokens in and out of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub prompt_tokens: u32,
+    pub completion_tokens: u32,
+    /// Prompt tokens that came from the prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// What a [`Generation`] yields, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GenerationEvent {
+    /// Log probabilities of a prompt token (the first has none and is not reported).
+    PromptLogprobs { position: u32, info: TokenInfo },
+    /// New text of a choice and the tokens it came from. Text can lag behind tokens while a character or a possible
+    /// stop string is not complete; either can be empty.
+    Delta { choice_index: u32, text: String, tokens: Vec<TokenInfo> },
+    /// The choice's last event.
+    ChoiceFinished { choice_index: u32, cause: StopCause },
+    /// The last event of a request that ended well.
+    Done { usage: Usage },
+    /// The last event of one that did not.
+    Error(ApiError),
+}

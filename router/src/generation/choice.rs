@@ -1,0 +1,114 @@
+//! One choice on its way from tokens to text.
+
+use std::sync::Arc;
+
+use quire_scheduler::{FinishReason, TokenLogprobs};
+
+use crate::detokenizer::{Detokenizer, SpecialTokenText, Start, StopAllowed, StopMatcher, StopString, TokenTable};
+
+use super::{GenerationEvent, NamedLogprobs, StopCause, TokenInfo};
+
+/// What all choices of a request share.
+pub(super) struct ChoiceRules {
+    pub(super) table: Arc<TokenTable>,
+    pub(super) stops: Arc<[StopString]>,
+    pub(super) include_stop: bool,
+    pub(super) min_tokens: u32,
+    /// Sorted.
+    pub(super) stop_token_ids: Vec<u32>,
+    /// The model's own among them.
+    pub(super) eos_token_ids: Vec<u32>,
+    pub(super) special_tokens: SpecialTokenText,
+}
+
+impl ChoiceRules {
+    /// The token with its bytes, and those of the tokens named beside it.
+    pub(super) fn info(&self, token_id: u32, logprobs: Option<TokenLogprobs>) -> TokenInfo {
+        let logprobs = logprobs.map(|values| NamedLogprobs {
+            top_bytes: values.top.iter().map(|(id, _)| self.table.bytes(*id)).collect(),
+            values,
+        });
+        TokenInfo { token_id, bytes: self.table.bytes(token_id), logprobs }
+    }
+}
+
+/// One choice of a request.
+pub(super) struct Choice {
+    index: u32,
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+    num_tokens: u32,
+    finished: bool,
+}
+
+impl Choice {
+    pub(super) fn new(index: u32, rules: &ChoiceRules) -> Self {
+        Self {
+            index,
+            detokenizer: Detokenizer::new(Arc::clone(&rules.table), Start::BehindPrompt, rules.special_tokens),
+            stop: StopMatcher::new(Arc::clone(&rules.stops), rules.include_stop),
+            num_tokens: 0,
+            finished: false,
+        }
+    }
+
+    pub(super) fn num_tokens(&self) -> u32 {
+        self.num_tokens
+    }
+
+    /// Whether its last event was sent.
+    pub(super) fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// A token arrived. What comes after a stop string is dropped.
+    pub(super) fn token(
+        &mut self,
+        token_id: u32,
+        logprobs: Option<TokenLogprobs>,
+        rules: &ChoiceRules,
+        mut emit: impl FnMut(GenerationEvent),
+    ) {
+        if self.finished {
+            return;
+        }
+        self.num_tokens += 1;
+        let mut decoded = String::new();
+        // The engine chooses no stop token before `min_tokens`, so one that arrives ends the choice. It is no text.
+        if rules.include_stop || rules.stop_token_ids.binary_search(&token_id).is_err() {
+            self.detokenizer.push(token_id, &mut decoded);
+        }
+        let allowed = if self.num_tokens > rules.min_tokens { StopAllowed::Yes } else { StopAllowed::NotYet };
+        let mut text = String::new();
+        let found = self.stop.push(&decoded, allowed, &mut text);
+        let info = rules.info(token_id, logprobs);
+        emit(GenerationEvent::Delta { choice_index: self.index, text, tokens: vec![info] });
+        if let Some(found) = found {
+            let stop = rules.stops.get(found.index).map(|stop| stop.text().to_owned()).unwrap_or_default();
+            self.finished = true;
+            emit(GenerationEvent::ChoiceFinished { choice_index: self.index, cause: StopCause::StopString(stop) });
+        }
+    }
+
+    /// The engine ended the choice well.
+    pub(super) fn end(&mut self, reason: FinishReason, rules: &ChoiceRules, mut emit: impl FnMut(GenerationEvent)) {
+        if std::mem::replace(&mut self.finished, true) {
+            return;
+        }
+        let mut decoded = String::new();
+        self.detokenizer.finish(&mut decoded);
+        let mut text = String::new();
+        if self.stop.push(&decoded, StopAllowed::Yes, &mut text).is_none() {
+            self.stop.finish(&mut text);
+        }
+        if !text.is_empty() {
+            emit(GenerationEvent::Delta { choice_index: self.index, text, tokens: Vec::new() });
+        }
+        let cause = match reason {
+            FinishReason::Stop { token_id } if rules.eos_token_ids.contains(&token_id) => StopCause::EndOfSequence,
+            FinishReason::Stop { token_id } => StopCause::StopToken(token_id),
+            _ => StopCause::Length,
+        };
+        emit(GenerationEvent::ChoiceFinished { choice_index: self.index, cause });
+    }
+}

@@ -1,0 +1,90 @@
+//! How much a request may ask for.
+
+use serde::{Deserialize, Serialize};
+
+/// What one request may hold. A request over a limit is refused before anything is allocated for it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes of an HTTP body. A long context in JSON takes about 5 bytes a token.
+    pub max_body_bytes: usize,
+    /// Seconds that a client may take to send a body.
+    pub body_timeout_seconds: u64,
+    /// Messages of a conversation.
+    pub max_messages: usize,
+    /// Prompts of one completions request; with `n` choices each.
+    pub max_prompts: usize,
+    /// Choices (`n`) of a request. Each takes one of `max_num_seqs` places.
+    pub max_choices: u64,
+    /// Most likely tokens reported beside the chosen one (`top_logprobs`, `logprobs`, `prompt_logprobs`).
+    pub max_top_logprobs: u64,
+    /// Stop strings.
+    pub max_stop: usize,
+    /// Bytes of a stop string or a bad word.
+    pub max_stop_bytes: usize,
+    /// Entries of `stop_token_ids`.
+    pub max_stop_token_ids: usize,
+    /// Entries of `logit_bias`.
+    pub max_logit_bias: usize,
+    /// Entries of `bad_words`.
+    pub max_bad_words: usize,
+    /// Prompt bytes per token of the model's length: past `max_model_len` times this a text cannot fit, and is not
+    /// tokenised.
+    pub max_prompt_bytes_per_token: usize,
+    /// Texts that are tokenised at once; 0 is one per core.
+    pub max_concurrent_tokenizations: usize,
+    /// Requests that may wait to be tokenised; past it callers get 429.
+    pub max_waiting_tokenizations: usize,
+    /// Instructions that a chat template may run for one request; every 64 bytes that it makes count as one more.
+    pub template_fuel: u64,
+    /// Bytes that a chat template may write beyond 16 times its input.
+    pub template_output_bytes: usize,
+    /// Whether `<|im_start|>` and its like in the prompt of a completions request are the model's special tokens. Off,
+    /// because a caller that builds prompts from its users' words would let them forge turns; callers that render chat
+    /// templates themselves can send token ids, or switch this on where every caller is trusted.
+    pub special_tokens_in_prompts: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 8 << 20,
+            body_timeout_seconds: 30,
+            max_messages: 2048,
+            max_prompts: 128,
+            max_choices: 8,
+            max_top_logprobs: 20,
+            max_stop: 16,
+            max_stop_bytes: 1024,
+            max_stop_token_ids: 128,
+            max_logit_bias: 1024,
+            max_bad_words: 128,
+            max_prompt_bytes_per_token: 8,
+            max_concurrent_tokenizations: 0,
+            max_waiting_tokenizations: 1024,
+            template_fuel: 1_000_000,
+            template_output_bytes: 1 << 20,
+            special_tokens_in_prompts: false,
+        }
+    }
+}
+
+impl Limits {
+    /// Fails with the first setting that cannot work and why.
+    pub fn validate(&self) -> Result<(), (&'static str, &'static str)> {
+        let at_least_one = [
+            ("max_body_bytes", self.max_body_bytes as u64),
+            ("body_timeout_seconds", self.body_timeout_seconds),
+            ("max_messages", self.max_messages as u64),
+            ("max_prompts", self.max_prompts as u64),
+            ("max_choices", self.max_choices),
+            ("max_prompt_bytes_per_token", self.max_prompt_bytes_per_token as u64),
+            ("max_waiting_tokenizations", self.max_waiting_tokenizations as u64),
+            ("template_fuel", self.template_fuel),
+        ];
+        match at_least_one.into_iter().find(|(_, value)| *value == 0) {
+            Some((field, _)) => Err((field, "must be at least 1")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,435 @@
+//! The handlers themselves.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use futures::Stream;
+use quire_engine::{Submission, SubmitError, TokenEvent};
+use quire_scheduler::{AdapterId, CacheSalt, FinishReason, TenantId};
+use sha2::{Digest, Sha256};
+
+use crate::detokenizer::SpecialTokenText;
+use crate::error::ApiError;
+use crate::inflight::{Entered, Inflight};
+use crate::metrics::{Endpoint, Outcome, RequestMetrics};
+use crate::random::{random_seed, request_id};
+use crate::served_model::ServedModel;
+use crate::worker::{TokenSource, Worker};
+
+use super::choice::{Choice, ChoiceRules};
+use super::text::{TextPool, TextWork, check_input};
+use super::validate::{self, invalid};
+use super::{GenerationEvent, GenerationRequest, Input, Limits, Usage};
+
+/// What a [`GenerationService`] is made of.
+pub struct ServiceParts {
+    pub worker: Arc<dyn Worker>,
+    pub model: Arc<ServedModel>,
+    pub limits: Limits,
+    pub inflight: Arc<Inflight>,
+}
+
+struct Shared {
+    worker: Arc<dyn Worker>,
+    model: Arc<ServedModel>,
+    limits: Limits,
+    inflight: Arc<Inflight>,
+    pool: TextPool,
+}
+
+/// The one set of handlers behind both faces. A clone is another handle to the same service.
+#[derive(Clone)]
+pub struct GenerationService {
+    shared: Arc<Shared>,
+}
+
+impl GenerationService {
+    pub fn new(parts: ServiceParts) -> Self {
+        let ServiceParts { worker, model, limits, inflight } = parts;
+        let pool = TextPool::new(&limits);
+        Self { shared: Arc::new(Shared { worker, model, limits, inflight, pool }) }
+    }
+
+    /// Validates, tokenizes and submits a request. An error here means that nothing was started.
+    pub async fn generate(&self, request: GenerationRequest) -> Result<Generation, ApiError> {
+        let mut metrics = RequestMetrics::start(request.endpoint);
+        match self.start(request).await {
+            Ok(started) => Ok(started.into_generation(metrics)),
+            Err(error) => {
+                if let ApiError::Overloaded { .. } = error {
+                    // Refused before it had a place in the queue.
+                    metrics.scheduled();
+                }
+                metrics.finish(Outcome::from(&error));
+                Err(error)
+            }
+        }
+    }
+
+    async fn start(&self, request: GenerationRequest) -> Result<Started, ApiError> {
+        let Shared { worker, model, limits, inflight, pool } = &*self.shared;
+        let GenerationRequest { request_id, endpoint: _, tenant, model: model_name, input, params, deadline } = request;
+        let entered = inflight.enter(&request_id)?;
+        self.check_model(model_name)?;
+        let priority = params.priority;
+        let cache_salt = params.cache_salt.clone();
+        let ignore_eos = params.ignore_eos;
+        let mut checked = validate::check(params, model.defaults(), limits, model.info())?;
+        check_input(&input, model, limits)?;
+
+        let created = now_seconds();
+        let (prompt, bad_words) = match input {
+            Input::TokenIds(ids) if checked.bad_words.is_empty() => (ids, Vec::new()),
+            input => {
+                let work = TextWork::new(model, limits, created);
+                let bad_words = std::mem::take(&mut checked.bad_words);
+                let encode =
+                    pool.run(&request_id, move || Ok((work.encode(input)?, work.encode_bad_words(&bad_words)?)));
+                before(deadline, encode).await?
+            }
+        };
+        let prompt = self.fitted(prompt, checked.truncate_prompt_tokens)?;
+        let max_tokens = validate::output_len(prompt.len(), &checked, model.info())?;
+        if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Err(ApiError::DeadlineExceeded);
+        }
+        if let Some(end) = entered.end() {
+            return Err(end);
+        }
+
+        let seed = checked.seed.unwrap_or_else(random_seed);
+        checked.sampling.seed = seed;
+        checked.sampling.bad_words = bad_words;
+        let num_choices = checked.sampling.num_choices;
+        let submission = Submission {
+            tenant,
+            adapter: None,
+            priority,
+            cache_salt: derive_cache_salt(tenant, None, &model.info().digest, cache_salt.as_deref()),
+            prompt: Arc::clone(&prompt),
+            generated: Vec::new(),
+            choice_offset: 0,
+            sampling: checked.sampling,
+            max_tokens,
+            min_tokens: checked.min_tokens,
+            stop_token_ids: checked.stop_token_ids.clone(),
+            deadline,
+        };
+        let source = worker.submit(submission).await.map_err(|error| match error {
+            SubmitError::Scheduler(refusal) => validate::refusal(refusal),
+            SubmitError::CommandQueueFull => ApiError::Overloaded { retry_after_seconds: 1 },
+            SubmitError::Stopped => ApiError::Unavailable { why: "the engine is stopped" },
+        })?;
+        let rules = ChoiceRules {
+            table: Arc::clone(model.table()),
+            stops: checked.stops,
+            include_stop: checked.include_stop,
+            min_tokens: checked.min_tokens,
+            stop_token_ids: checked.stop_token_ids,
+            eos_token_ids: if ignore_eos { Vec::new() } else { model.info().eos_token_ids.clone() },
+            special_tokens: checked.special_tokens,
+        };
+        Ok(Started { request_id, seed, prompt, created, source, entered, rules, num_choices })
+    }
+
+    /// The tokens that `input` would be served as.
+    pub async fn tokenize(&self, input: Input) -> Result<Arc<[u32]>, ApiError> {
+        let metrics = RequestMetrics::start(Endpoint::Tokenize);
+        let Shared { model, limits, pool, .. } = &*self.shared;
+        let tokens = async {
+            check_input(&input, model, limits)?;
+            let work = TextWork::new(model, limits, now_seconds());
+            pool.run(&request_id(), move || work.encode(input)).await
+        };
+        let tokens = tokens.await;
+        metrics.finish(tokens.as_ref().map_or_else(Outcome::from, |_| Outcome::Finished));
+        Ok(tokens?.into())
+    }
+
+    /// The text of tokens, special tokens included.
+    pub async fn detokenize(&self, token_ids: Vec<u32>) -> Result<String, ApiError> {
+        let metrics = RequestMetrics::start(Endpoint::Detokenize);
+        let Shared { model, pool, .. } = &*self.shared;
+        let vocab_size = model.info().vocab_size;
+        let text = async {
+            if token_ids.iter().any(|id| *id >= vocab_size) {
+                return Err(invalid("tokens", format_args!("must hold token ids below {vocab_size}")));
+            }
+            let table = Arc::clone(model.table());
+            pool.run(&request_id(), move || Ok(table.decode(&token_ids, SpecialTokenText::Written))).await
+        };
+        let text = text.await;
+        metrics.finish(text.as_ref().map_or_else(Outcome::from, |_| Outcome::Finished));
+        text
+    }
+
+    /// Fails where a request names a model that is not served.
+    pub fn check_model(&self, name: Option<String>) -> Result<(), ApiError> {
+        match name {
+            Some(name) if name != self.shared.model.name() => Err(ApiError::ModelNotFound { model: printable(&name) }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The served model's text side.
+    pub fn model(&self) -> &ServedModel {
+        &self.shared.model
+    }
+
+    /// Where requests are sent.
+    pub fn worker(&self) -> &Arc<dyn Worker> {
+        &self.shared.worker
+    }
+
+    pub fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    /// Ends a request: its stream's last event is [`ApiError::Cancelled`]. Says whether there was one.
+    pub fn abort(&self, request_id: &str) -> bool {
+        self.shared.inflight.abort(request_id)
+    }
+
+    /// From now on new requests get [`ApiError::Unavailable`]; running ones go on.
+    pub fn begin_drain(&self) {
+        self.shared.inflight.begin_drain();
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.shared.inflight.is_draining()
+    }
+
+    /// Requests alive now.
+    pub fn num_inflight(&self) -> usize {
+        self.shared.inflight.len()
+    }
+
+    /// Ends every open stream with [`ApiError::Unavailable`].
+    pub fn fail_all(&self, why: &'static str) {
+        self.shared.inflight.fail_all(why);
+    }
+
+    /// The last `limit` tokens of a prompt, all of them known to the model.
+    fn fitted(&self, mut prompt: Vec<u32>, limit: Option<usize>) -> Result<Arc<[u32]>, ApiError> {
+        if let Some(limit) = limit
+            && prompt.len() > limit
+        {
+            prompt.drain(..prompt.len() - limit);
+        }
+        // A tokenizer can have more tokens than its model has rows.
+        let vocab_size = self.shared.model.info().vocab_size;
+        if prompt.iter().any(|id| *id >= vocab_size) {
+            return Err(invalid("prompt", "has text whose tokens the model does not know"));
+        }
+        Ok(prompt.into())
+    }
+}
+
+/// A request that the engine took.
+struct Started {
+    request_id: String,
+    seed: u64,
+    prompt: Arc<[u32]>,
+    created: u64,
+    source: Box<dyn TokenSource>,
+    entered: Entered,
+    rules: ChoiceRules,
+    num_choices: u32,
+}
+
+impl Started {
+    fn into_generation(self, metrics: RequestMetrics) -> Generation {
+        let choices = (0..self.num_choices).map(|index| Choice::new(index, &self.rules)).collect();
+        // A prompt is never longer than `max_model_len`, which is a u32.
+        let prompt_tokens = self.prompt.len() as u32;
+        Generation {
+            request_id: self.request_id,
+            seed: self.seed,
+            prompt_token_ids: self.prompt,
+            created: self.created,
+            rules: self.rules,
+            choices,
+            events: VecDeque::new(),
+            usage: Usage { prompt_tokens, ..Usage::default() },
+            running: Some(Running { source: self.source, entered: self.entered, metrics, scheduled: false }),
+        }
+    }
+}
+
+/// A running request: a stream of events. Dropping it before its last event cancels it.
+pub struct Generation {
+    pub request_id: String,
+    /// What the draws came from; the same request with this seed gives the same tokens.
+    pub seed: u64,
+    pub prompt_token_ids: Arc<[u32]>,
+    /// Seconds since 1970.
+    pub created: u64,
+    rules: ChoiceRules,
+    choices: Vec<Choice>,
+    /// Events of the last token that were not taken yet; a handful at most.
+    events: VecDeque<GenerationEvent>,
+    usage: Usage,
+    /// `None` once the last event is in `events`.
+    running: Option<Running>,
+}
+
+/// What is given back when a request ends.
+struct Running {
+    source: Box<dyn TokenSource>,
+    entered: Entered,
+    metrics: RequestMetrics,
+    scheduled: bool,
+}
+
+impl Generation {
+    /// The next event; `None` after the last one, which is `Done` or `Error`.
+    pub async fn next(&mut self) -> Option<GenerationEvent> {
+        std::future::poll_fn(|cx| self.poll_event(cx)).await
+    }
+
+    /// [`Self::next`] for those who poll.
+    pub(crate) fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<GenerationEvent>> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Poll::Ready(Some(event));
+            }
+            let Some(running) = &mut self.running else { return Poll::Ready(None) };
+            if let Poll::Ready(error) = running.entered.poll_end(cx) {
+                self.fail(error);
+                continue;
+            }
+            match running.source.poll_next(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Some(event)) => self.take(event),
+                Poll::Ready(None) => {
+                    tracing::error!(request_id = self.request_id, "the worker's stream ended before the request did");
+                    self.fail(ApiError::Internal { request_id: self.request_id.clone() });
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, event: TokenEvent) {
+        let Some(running) = &mut self.running else { return };
+        let events = &mut self.events;
+        match event {
+            TokenEvent::Scheduled { num_cached_tokens, .. } => {
+                if !std::mem::replace(&mut running.scheduled, true) {
+                    self.usage.cached_tokens = num_cached_tokens;
+                    running.metrics.scheduled();
+                    running.metrics.prompt_tokens(self.usage.prompt_tokens, num_cached_tokens);
+                }
+            }
+            TokenEvent::PromptLogprobs { choice_index, position, logprobs } => {
+                // Each choice computes the same prompt.
+                if choice_index == 0
+                    && let Some(token_id) = self.prompt_token_ids.get(position as usize)
+                {
+                    let info = self.rules.info(*token_id, Some(logprobs));
+                    events.push_back(GenerationEvent::PromptLogprobs { position, info });
+                }
+            }
+            TokenEvent::Token { choice_index, token_id, logprobs } => {
+                if let Some(choice) = self.choices.get_mut(choice_index as usize)
+                    && !choice.is_finished()
+                {
+                    running.metrics.token();
+                    choice.token(token_id, logprobs, &self.rules, |event| events.push_back(event));
+                }
+            }
+            TokenEvent::Finished { choice_index, reason, .. } => {
+                if let Some(choice) = self.choices.get_mut(choice_index as usize) {
+                    let ended_before = choice.is_finished();
+                    match reason {
+                        _ if ended_before => {}
+                        FinishReason::Stop { .. } | FinishReason::Length => {
+                            choice.end(reason, &self.rules, |event| events.push_back(event));
+                        }
+                        FinishReason::Cancelled => return self.fail(ApiError::Cancelled),
+                        FinishReason::DeadlineExceeded => return self.fail(ApiError::DeadlineExceeded),
+                        FinishReason::NonFinite => {
+                            tracing::error!(
+                                request_id = self.request_id,
+                                "the device computed logits that are not finite"
+                            );
+                            return self.fail(ApiError::Internal { request_id: self.request_id.clone() });
+                        }
+                    }
+                }
+            }
+            TokenEvent::Failed => {
+                tracing::error!(request_id = self.request_id, "the engine failed or stopped");
+                return self.fail(ApiError::Internal { request_id: self.request_id.clone() });
+            }
+        }
+        if self.choices.iter().all(Choice::is_finished) {
+            self.usage.completion_tokens = self.choices.iter().map(Choice::num_tokens).sum();
+            self.events.push_back(GenerationEvent::Done { usage: self.usage });
+            self.end(Outcome::Finished);
+        }
+    }
+
+    /// Ends the request with an error; nothing comes after it.
+    fn fail(&mut self, error: ApiError) {
+        let outcome = Outcome::from(&error);
+        self.events.push_back(GenerationEvent::Error(error));
+        self.end(outcome);
+    }
+
+    /// Gives everything back. Dropping the source cancels what the engine still works on.
+    fn end(&mut self, outcome: Outcome) {
+        if let Some(Running { source, entered, metrics, .. }) = self.running.take() {
+            drop(source);
+            drop(entered);
+            metrics.finish(outcome);
+        }
+    }
+}
+
+impl Stream for Generation {
+    type Item = GenerationEvent;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<GenerationEvent>> {
+        self.poll_event(cx)
+    }
+}
+
+/// Awaits `work`, at most until the deadline.
+async fn before<T>(deadline: Option<Instant>, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+    match deadline {
+        None => work.await,
+        Some(deadline) => {
+            tokio::time::timeout_at(deadline.into(), work).await.unwrap_or(Err(ApiError::DeadlineExceeded))
+        }
+    }
+}
+
+/// Two requests share cached blocks only where all of these are equal.
+fn derive_cache_salt(
+    tenant: TenantId,
+    adapter: Option<AdapterId>,
+    model_digest: &[u8; 32],
+    caller_salt: Option<&str>,
+) -> CacheSalt {
+    let mut hash = Sha256::new();
+    hash.update(b"quire cache salt\0");
+    hash.update(tenant.0.to_le_bytes());
+    hash.update([u8::from(adapter.is_some())]);
+    hash.update(adapter.map_or(0, |adapter| adapter.0).to_le_bytes());
+    hash.update(model_digest);
+    hash.update([u8::from(caller_salt.is_some())]);
+    hash.update(caller_salt.unwrap_or_default());
+    CacheSalt(hash.finalize().into())
+}
+
+/// A name that a client made up, short and without control characters, to be repeated to that client.
+fn printable(name: &str) -> String {
+    name.chars().take(128).map(|character| if character.is_control() { '?' } else { character }).collect()
+}
+
+fn now_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,294 @@
+//! OpenAI-compatible handlers.
+
+use std::sync::Arc;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::Response;
+use futures::future::try_join_all;
+use quire_engine::scheduler::TenantId;
+use serde::Serialize;
+
+use crate::detokenizer::SpecialTokenText;
+use crate::error::ApiError;
+use crate::generation::{GenerationRequest, GenerationService, Input, TokenInfo};
+use crate::metrics::{Endpoint, Outcome, RequestMetrics};
+use crate::random::random_seed;
+
+use super::answer::{Event, Generations, Head, PromptPart, Shape, json, slice, whole};
+use super::fields::Ignored;
+use super::sse::EventStream;
+use super::types::{ChatBody, Common, CompletionsBody, DetokenizeBody, Prompt, TokenizeBody};
+use super::{Failure, IGNORED_PARAMS, RequestId, read_json_body};
+
+/// The tenant of a server without keys.
+const TENANT: TenantId = TenantId(0);
+
+/// `POST /v1/chat/completions`
+pub(super) async fn chat(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
+    let (id, body) = receive(&service, Endpoint::Chat, request, ChatBody::parse).await?;
+    let job = Job { service, endpoint: Endpoint::Chat, shape: Shape::Chat, id, common: body.common };
+    let prompt = JobPrompt { input: Input::Chat(body.input), echo: None };
+    let wants_prompt_logprobs = job.common.params.prompt_logprobs.is_some();
+    job.answer(vec![prompt], AnswerOptions { wants_prompt_logprobs, echo_only: false }).await
+}
+
+/// `POST /v1/completions`
+pub(super) async fn completions(
+    State(service): State<GenerationService>,
+    request: Request,
+) -> Result<Response, Failure> {
+    let (id, body) = receive(&service, Endpoint::Completions, request, CompletionsBody::parse).await?;
+    let CompletionsBody { common, prompts, add_special_tokens, echo, echo_only, wants_prompt_logprobs } = body;
+    let prompts = prompts
+        .into_iter()
+        .map(|prompt| JobPrompt {
+            echo: match &prompt {
+                _ if !echo => None,
+                Prompt::Text(text) => Some(text.clone()),
+                Prompt::TokenIds(ids) => Some(service.model().table().decode(ids, SpecialTokenText::Written)),
+            },
+            input: prompt.into_input(add_special_tokens),
+        })
+        .collect();
+    let job = Job { service, endpoint: Endpoint::Completions, shape: Shape::Completions, id, common };
+    job.answer(prompts, AnswerOptions { wants_prompt_logprobs, echo_only }).await
+}
+
+/// Reads a body and parses it; a refusal is counted under its endpoint.
+async fn receive<T>(
+    service: &GenerationService,
+    endpoint: Endpoint,
+    request: Request,
+    parse: impl FnOnce(&[u8], &crate::generation::Limits) -> Result<T, ApiError>,
+) -> Result<(RequestId, T), Failure> {
+    let id = RequestId::of(&request);
+    let parsed = match read_json_body(request, service.limits()).await {
+        Ok(body) => parse(&body, service.limits()).map_err(Failure::from),
+        Err(failure) => Err(failure),
+    };
+    match parsed {
+        Ok(parsed) => Ok((id, parsed)),
+        Err(failure) => {
+            RequestMetrics::start(endpoint).finish(failure.outcome());
+            Err(failure)
+        }
+    }
+}
+
+/// A request of either endpoint, understood.
+struct Job {
+    service: GenerationService,
+    endpoint: Endpoint,
+    shape: Shape,
+    id: RequestId,
+    common: Common,
+}
+
+struct JobPrompt {
+    input: Input,
+    /// Its text, where it is to be repeated.
+    echo: Option<String>,
+}
+
+struct AnswerOptions {
+    wants_prompt_logprobs: bool,
+    echo_only: bool,
+}
+
+impl Job {
+    async fn answer(self, prompts: Vec<JobPrompt>, options: AnswerOptions) -> Result<Response, Failure> {
+        let Self { service, endpoint, shape, id, common } = self;
+        let Common { model, request_id, mut params, stream, return_token_ids, tokens_as_ids, ignored } = common;
+        let request_id = request_id.unwrap_or_else(|| id.0.to_string());
+        // One seed for all prompts, so that the answer can name it.
+        let seed = match params.seed {
+            Some(seed) if seed != -1 => seed,
+            _ => random_seed() as i64,
+        };
+        params.seed = Some(seed);
+
+        let num_choices = params.n.unwrap_or(1);
+        let max_choices = service.limits().max_prompts as u64;
+        if num_choices.saturating_mul(prompts.len() as u64) > max_choices && prompts.len() > 1 {
+            let message = format!("`n` times the number of prompts must be at most {max_choices}");
+            let error = ApiError::InvalidRequest { param: Some("n".into()), message };
+            RequestMetrics::start(endpoint).finish(Outcome::from(&error));
+            return Err(error.into());
+        }
+        let wants_logprobs = params.logprobs.is_some();
+        let (inputs, echoes): (Vec<Input>, Vec<Option<String>>) =
+            prompts.into_iter().map(|prompt| (prompt.input, prompt.echo)).unzip();
+        let started = inputs.into_iter().map(|input| {
+            service.generate(GenerationRequest {
+                request_id: request_id.clone(),
+                endpoint,
+                tenant: TENANT,
+                model: model.clone(),
+                input,
+                params: params.clone(),
+                deadline: None,
+            })
+        });
+        let generations = try_join_all(started).await?;
+
+        let table = service.model().table();
+        let prompts = generations
+            .iter()
+            .zip(echoes)
+            .map(|(generation, echo)| PromptPart {
+                echo,
+                token_ids: Arc::clone(&generation.prompt_token_ids),
+                first: generation.prompt_token_ids.first().map(|id| TokenInfo {
+                    token_id: *id,
+                    bytes: table.bytes(*id),
+                    logprobs: None,
+                }),
+            })
+            .collect();
+        let prefix = match shape {
+            Shape::Chat => "chatcmpl",
+            Shape::Completions => "cmpl",
+        };
+        let head = Head {
+            shape,
+            id: format!("{prefix}-{request_id}"),
+            created: generations.first().map_or(0, |generation| generation.created),
+            model: service.model().name().to_owned(),
+            fingerprint: service.model().fingerprint().to_owned(),
+            seed: seed as u64,
+            // `generate` refused what does not fit.
+            num_choices: num_choices as u32,
+            wants_logprobs,
+            wants_prompt_logprobs: options.wants_prompt_logprobs,
+            return_token_ids,
+            tokens_as_ids,
+            echo_only: options.echo_only,
+            prompts,
+        };
+        let mut generations = Generations::new(generations);
+        if !stream.stream {
+            let body = whole(&head, generations).await?;
+            return Ok(json_response(body, &ignored));
+        }
+        // What goes wrong before the first event still has a status of its own.
+        let first = match generations.next().await {
+            Some(Event::Error(error)) => return Err(error.into()),
+            first => first,
+        };
+        let mut response = Response::new(Body::from_stream(EventStream::new(head, stream, first, generations)));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        // Proxies that buffer answers would undo the streaming.
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        name_ignored(&mut response, &ignored);
+        Ok(response)
+    }
+}
+
+/// `POST /tokenize`
+pub(super) async fn tokenize(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
+    #[derive(Serialize)]
+    struct Answer {
+        count: usize,
+        max_model_len: u32,
+        #[serde(serialize_with = "slice")]
+        tokens: Arc<[u32]>,
+        token_strs: Option<Vec<String>>,
+    }
+    let (_, body) = receive(&service, Endpoint::Tokenize, request, TokenizeBody::parse).await?;
+    service.check_model(body.model)?;
+    let tokens = service.tokenize(body.input).await?;
+    let table = service.model().table();
+    let token_strs = body
+        .return_token_strs
+        .then(|| tokens.iter().map(|id| String::from_utf8_lossy(&table.bytes(*id)).into_owned()).collect());
+    let max_model_len = service.model().info().max_model_len;
+    let answer = Answer { count: tokens.len(), max_model_len, tokens, token_strs };
+    Ok(json_response(json(&answer), &body.ignored))
+}
+
+/// `POST /detokenize`
+pub(super) async fn detokenize(
+    State(service): State<GenerationService>,
+    request: Request,
+) -> Result<Response, Failure> {
+    #[derive(Serialize)]
+    struct Answer {
+        prompt: String,
+    }
+    let (_, body) = receive(&service, Endpoint::Detokenize, request, |body, _| DetokenizeBody::parse(body)).await?;
+    service.check_model(body.model)?;
+    let prompt = service.detokenize(body.tokens).await?;
+    Ok(json_response(json(&Answer { prompt }), &body.ignored))
+}
+
+#[derive(Serialize)]
+struct ModelJson<'m> {
+    id: &'m str,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    root: &'m str,
+    parent: (),
+    max_model_len: u32,
+}
+
+impl<'m> ModelJson<'m> {
+    fn of(service: &'m GenerationService) -> Self {
+        let model = service.model();
+        Self {
+            id: model.name(),
+            object: "model",
+            created: model.created(),
+            owned_by: "quire",
+            root: model.name(),
+            parent: (),
+            max_model_len: model.info().max_model_len,
+        }
+    }
+}
+
+/// `GET /v1/models`
+pub(super) async fn models(State(service): State<GenerationService>) -> Response {
+    #[derive(Serialize)]
+    struct Answer<'m> {
+        object: &'static str,
+        data: [ModelJson<'m>; 1],
+    }
+    json_response(json(&Answer { object: "list", data: [ModelJson::of(&service)] }), &Ignored::default())
+}
+
+/// `GET /v1/models/{id}`
+pub(super) async fn model(
+    State(service): State<GenerationService>,
+    Path(id): Path<String>,
+) -> Result<Response, Failure> {
+    service.check_model(Some(id))?;
+    Ok(json_response(json(&ModelJson::of(&service)), &Ignored::default()))
+}
+
+/// `GET /version`
+pub(super) async fn version() -> Response {
+    #[derive(Serialize)]
+    struct Answer {
+        version: &'static str,
+    }
+    json_response(json(&Answer { version: env!("CARGO_PKG_VERSION") }), &Ignored::default())
+}
+
+fn json_response(body: Vec<u8>, ignored: &Ignored) -> Response {
+    let mut response = Response::new(Body::from(Bytes::from(body)));
+    *response.status_mut() = StatusCode::OK;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    name_ignored(&mut response, ignored);
+    response
+}
+
+fn name_ignored(response: &mut Response, ignored: &Ignored) {
+    if let Some(value) = ignored.header().and_then(|names| HeaderValue::try_from(names).ok()) {
+        response.headers_mut().insert(IGNORED_PARAMS, value);
+    }
+}

@@ -1,0 +1,307 @@
+//! Server-sent events: a stream of generation events as OpenAI's chunks.
+//!
+//! What is the same in every chunk of an answer is written once; a chunk is that, its choice, and a fixed end.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use axum::body::Bytes;
+use futures::Stream;
+use serde::Serialize;
+
+use crate::generation::{GenerationEvent, TokenInfo, Usage};
+
+use super::answer::{
+    ChatLogprobs, CompletionLogprobs, ErrorBody, Event, Finish, Generations, Head, LogprobsJson, Shape, UsageJson,
+    echoed_logprobs, json,
+};
+use super::types::StreamOptions;
+
+const DONE: &[u8] = b"data: [DONE]\n\n";
+/// Bytes after which what is ready is sent before more is looked for.
+const FULL: usize = 16 << 10;
+
+/// The body of a streamed answer.
+pub(super) struct EventStream {
+    generations: Generations,
+    /// The event that was awaited before the answer began.
+    first: Option<Event>,
+    writer: ChunkWriter,
+    ended: bool,
+}
+
+impl EventStream {
+    pub(super) fn new(head: Head, options: StreamOptions, first: Option<Event>, generations: Generations) -> Self {
+        Self { generations, first, writer: ChunkWriter::new(head, options), ended: false }
+    }
+}
+
+impl Stream for EventStream {
+    type Item = Result<Bytes, Infallible>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        let mut out = Vec::new();
+        while !this.ended && out.len() < FULL {
+            let event = match this.first.take() {
+                Some(event) => Some(event),
+                None => match this.generations.poll_next(cx) {
+                    Poll::Ready(event) => event,
+                    Poll::Pending if out.is_empty() => return Poll::Pending,
+                    Poll::Pending => break,
+                },
+            };
+            match event {
+                Some(Event::Of { prompt_index, event }) => this.writer.event(prompt_index, event, &mut out),
+                Some(Event::Done(usage)) => {
+                    this.writer.done(usage, &mut out);
+                    this.ended = true;
+                }
+                Some(Event::Error(error)) => {
+                    data(&json(&ErrorBody::from(&error)), &mut out);
+                    this.ended = true;
+                }
+                None => this.ended = true,
+            }
+        }
+        if out.is_empty() { Poll::Ready(None) } else { Poll::Ready(Some(Ok(out.into()))) }
+    }
+}
+
+fn data(json: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(b"data: ");
+    out.extend_from_slice(json);
+    out.extend_from_slice(b"\n\n");
+}
+
+/// Appends a value of ours as JSON; none of them can fail to be written to memory.
+fn push_json(value: &impl Serialize, out: &mut Vec<u8>) {
+    let _ = serde_json::to_writer(out, value);
+}
+
+/// Writes the chunks of one answer.
+struct ChunkWriter {
+    head: Head,
+    options: StreamOptions,
+    /// `data: {"id":...,"choices":[`
+    prefix: Vec<u8>,
+    choices: Vec<ChoiceState>,
+    /// Log probabilities of each prompt, until they are echoed.
+    prompt_logprobs: Vec<Vec<(u32, TokenInfo)>>,
+    usage: Usage,
+}
+
+#[derive(Default)]
+struct ChoiceState {
+    started: bool,
+    text_offset: usize,
+}
+
+/// Everything that one chunk says of a choice.
+#[derive(Default)]
+struct Piece<'p> {
+    text: Option<&'p str>,
+    role: bool,
+    logprobs: Option<LogprobsJson>,
+    token_ids: Option<Vec<u32>>,
+    prompt_token_ids: Option<&'p [u32]>,
+    finish: Option<Finish>,
+}
+
+impl ChunkWriter {
+    fn new(head: Head, options: StreamOptions) -> Self {
+        #[derive(Serialize)]
+        struct Prefix<'h> {
+            id: &'h str,
+            object: &'static str,
+            created: u64,
+            model: &'h str,
+            system_fingerprint: &'h str,
+            seed: u64,
+        }
+        let mut prefix = b"data: ".to_vec();
+        push_json(
+            &Prefix {
+                id: &head.id,
+                object: match head.shape {
+                    Shape::Chat => "chat.completion.chunk",
+                    Shape::Completions => "text_completion",
+                },
+                created: head.created,
+                model: &head.model,
+                system_fingerprint: &head.fingerprint,
+                seed: head.seed,
+            },
+            &mut prefix,
+        );
+        // Open the object again: its last field is each chunk's own.
+        prefix.pop();
+        prefix.extend_from_slice(b",\"choices\":[");
+        let num_choices = head.prompts.len() * head.num_choices as usize;
+        Self {
+            prefix,
+            choices: (0..num_choices).map(|_| ChoiceState::default()).collect(),
+            prompt_logprobs: head.prompts.iter().map(|_| Vec::new()).collect(),
+            usage: Usage {
+                prompt_tokens: head.prompts.iter().map(|prompt| prompt.token_ids.len() as u32).sum(),
+                ..Usage::default()
+            },
+            head,
+            options,
+        }
+    }
+
+    fn event(&mut self, prompt_index: usize, event: GenerationEvent, out: &mut Vec<u8>) {
+        match event {
+            GenerationEvent::PromptLogprobs { position, info } => {
+                if let Some(infos) = self.prompt_logprobs.get_mut(prompt_index) {
+                    infos.push((position, info));
+                }
+            }
+            GenerationEvent::Delta { choice_index, text, tokens } => {
+                let index = self.index(prompt_index, choice_index);
+                self.start(prompt_index, index, out);
+                self.usage.completion_tokens += tokens.len() as u32;
+                let tells_tokens = (self.head.wants_logprobs || self.head.return_token_ids) && !tokens.is_empty();
+                if self.head.echo_only || (text.is_empty() && !tells_tokens) {
+                    return;
+                }
+                let piece = Piece {
+                    text: Some(&text),
+                    logprobs: self.logprobs(index, &tokens),
+                    token_ids: self.head.return_token_ids.then(|| tokens.iter().map(|info| info.token_id).collect()),
+                    ..Piece::default()
+                };
+                self.chunk(index, piece, out);
+            }
+            GenerationEvent::ChoiceFinished { choice_index, cause } => {
+                let index = self.index(prompt_index, choice_index);
+                self.start(prompt_index, index, out);
+                self.chunk(index, Piece { finish: Some(cause.into()), ..Piece::default() }, out);
+            }
+            GenerationEvent::Done { .. } | GenerationEvent::Error(_) => {}
+        }
+    }
+
+    fn done(&mut self, usage: Usage, out: &mut Vec<u8>) {
+        if self.options.include_usage {
+            let usage = if self.head.echo_only { Usage { completion_tokens: 0, ..usage } } else { usage };
+            out.extend_from_slice(&self.prefix);
+            out.extend_from_slice(b"],\"usage\":");
+            push_json(&UsageJson::from(usage), out);
+            out.extend_from_slice(b"}\n\n");
+        }
+        out.extend_from_slice(DONE);
+    }
+
+    fn index(&self, prompt_index: usize, choice_index: u32) -> usize {
+        prompt_index * self.head.num_choices as usize + choice_index as usize
+    }
+
+    /// A choice's first chunk: the role, or the echoed prompt.
+    fn start(&mut self, prompt_index: usize, index: usize, out: &mut Vec<u8>) {
+        let Some(state) = self.choices.get_mut(index) else { return };
+        if std::mem::replace(&mut state.started, true) {
+            return;
+        }
+        let Some(prompt) = self.head.prompts.get(prompt_index) else { return };
+        let prompt_token_ids = self.head.return_token_ids.then_some(&*prompt.token_ids);
+        let piece = match self.head.shape {
+            Shape::Chat => Piece { role: true, text: Some(""), prompt_token_ids, ..Piece::default() },
+            Shape::Completions if prompt.echo.is_some() || prompt_token_ids.is_some() => {
+                let logprobs = (self.head.wants_logprobs && prompt.echo.is_some()).then(|| {
+                    let infos = self.prompt_logprobs.get(prompt_index).map_or(&[][..], Vec::as_slice);
+                    LogprobsJson::Completions(echoed_logprobs(
+                        prompt.first.as_ref(),
+                        infos,
+                        self.head.tokens_as_ids,
+                        &mut state.text_offset,
+                    ))
+                });
+                Piece {
+                    text: Some(prompt.echo.as_deref().unwrap_or_default()),
+                    logprobs,
+                    prompt_token_ids,
+                    ..Piece::default()
+                }
+            }
+            Shape::Completions => return,
+        };
+        self.chunk(index, piece, out);
+    }
+
+    fn logprobs(&mut self, index: usize, tokens: &[TokenInfo]) -> Option<LogprobsJson> {
+        if !self.head.wants_logprobs || tokens.is_empty() {
+            return None;
+        }
+        Some(match self.head.shape {
+            Shape::Chat => LogprobsJson::Chat(ChatLogprobs::new(tokens, self.head.tokens_as_ids)),
+            Shape::Completions => {
+                let mut logprobs = CompletionLogprobs::default();
+                let state = self.choices.get_mut(index)?;
+                for info in tokens {
+                    logprobs.push(info, self.head.tokens_as_ids, &mut state.text_offset);
+                }
+                LogprobsJson::Completions(logprobs)
+            }
+        })
+    }
+
+    fn chunk(&self, index: usize, piece: Piece<'_>, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.prefix);
+        out.extend_from_slice(b"{\"index\":");
+        push_json(&index, out);
+        match self.head.shape {
+            Shape::Chat => {
+                out.extend_from_slice(b",\"delta\":{");
+                if piece.role {
+                    out.extend_from_slice(b"\"role\":\"assistant\",");
+                }
+                if let Some(text) = piece.text {
+                    out.extend_from_slice(b"\"content\":");
+                    push_json(&text, out);
+                }
+                out.extend_from_slice(b"}");
+            }
+            Shape::Completions => {
+                out.extend_from_slice(b",\"text\":");
+                push_json(&piece.text.unwrap_or_default(), out);
+            }
+        }
+        out.extend_from_slice(b",\"logprobs\":");
+        push_json(&piece.logprobs, out);
+        match piece.finish {
+            None => out.extend_from_slice(b",\"finish_reason\":null"),
+            Some(finish) => {
+                let at = out.len();
+                push_json(&finish, out);
+                // Its two fields go into the choice's object.
+                out.pop();
+                if let Some(brace) = out.get_mut(at) {
+                    *brace = b',';
+                }
+            }
+        }
+        if let Some(ids) = piece.token_ids {
+            out.extend_from_slice(b",\"token_ids\":");
+            push_json(&ids, out);
+        }
+        if let (Shape::Completions, Some(ids)) = (self.head.shape, piece.prompt_token_ids) {
+            out.extend_from_slice(b",\"prompt_token_ids\":");
+            push_json(&ids, out);
+        }
+        out.extend_from_slice(b"}]");
+        if let (Shape::Chat, Some(ids)) = (self.head.shape, piece.prompt_token_ids) {
+            out.extend_from_slice(b",\"prompt_token_ids\":");
+            push_json(&ids, out);
+        }
+        if self.options.continuous_usage {
+            out.extend_from_slice(b",\"usage\":");
+            push_json(&UsageJson::from(self.usage), out);
+        } else if self.options.include_usage {
+            out.extend_from_slice(b",\"usage\":null");
+        }
+        out.extend_from_slice(b"}\n\n");
+    }
+}

@@ -1,0 +1,126 @@
+//! The text side of the served model: its tokenizer, its chat template and its default parameters.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use quire_engine::{ModelInfo, ModelSource};
+use serde::Deserialize;
+
+use crate::chat_template::ChatTemplate;
+use crate::detokenizer::TokenTable;
+use crate::generation::Limits;
+use crate::tokenizer::TextTokenizer;
+
+/// A model's text files cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {why}")]
+pub struct LoadError {
+    pub file: &'static str,
+    pub why: String,
+}
+
+/// What `generation_config.json` recommends. A request's own values come first.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct GenerationDefaults {
+    #[serde(default)]
+    pub temperature: Option<f64>,
+    #[serde(default)]
+    pub top_k: Option<i64>,
+    #[serde(default)]
+    pub top_p: Option<f64>,
+    #[serde(default)]
+    pub min_p: Option<f64>,
+    #[serde(default)]
+    pub typical_p: Option<f64>,
+    #[serde(default)]
+    pub repetition_penalty: Option<f64>,
+}
+
+/// The text side of the served model.
+pub struct ServedModel {
+    name: String,
+    info: ModelInfo,
+    created: u64,
+    fingerprint: String,
+    tokenizer: Arc<TextTokenizer>,
+    chat_template: Option<Arc<ChatTemplate>>,
+    defaults: GenerationDefaults,
+}
+
+impl ServedModel {
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` or `.json`, and `generation_config.json`.
+    pub fn load(source: &ModelSource, name: String, info: &ModelInfo) -> Result<Self, LoadError> {
+        Self::load_with(source, name, info, &Limits::default())
+    }
+
+    /// The same, with the operator's limits for chat templates.
+    pub fn load_with(source: &ModelSource, name: String, info: &ModelInfo, limits: &Limits) -> Result<Self, LoadError> {
+        let file = "tokenizer.json";
+        let tokenizer = source
+            .read(file)
+            .map_err(|cause| LoadError { file, why: cause.to_string() })?
+            .ok_or_else(|| LoadError { file, why: "the model has no such file".into() })?;
+        let tokenizer = TextTokenizer::load(&tokenizer, info.vocab_size)?;
+        let chat_template = ChatTemplate::load(source, limits)?;
+        let defaults = read_defaults(source)?;
+        let digest: String = info.digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self {
+            name,
+            info: info.clone(),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            fingerprint: format!("quire-{}-{digest}", env!("CARGO_PKG_VERSION")),
+            tokenizer: Arc::new(tokenizer),
+            chat_template: chat_template.map(Arc::new),
+            defaults,
+        })
+    }
+
+    /// The name clients ask for.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The engine's side of the model.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// When it was loaded, in seconds since 1970.
+    pub fn created(&self) -> u64 {
+        self.created
+    }
+
+    /// Same fingerprint, same parameters and seed: same answer, on one kind of device.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    pub fn tokenizer(&self) -> &Arc<TextTokenizer> {
+        &self.tokenizer
+    }
+
+    /// Bytes of every token.
+    pub fn table(&self) -> &Arc<TokenTable> {
+        self.tokenizer.table()
+    }
+
+    /// `None` where the model is not made for conversations.
+    pub fn chat_template(&self) -> Option<&Arc<ChatTemplate>> {
+        self.chat_template.as_ref()
+    }
+
+    pub fn defaults(&self) -> &GenerationDefaults {
+        &self.defaults
+    }
+}
+
+fn read_defaults(source: &ModelSource) -> Result<GenerationDefaults, LoadError> {
+    let file = "generation_config.json";
+    let error = |why: String| LoadError { file, why };
+    let Some(bytes) = source.read(file).map_err(|cause| error(cause.to_string()))? else {
+        return Ok(GenerationDefaults::default());
+    };
+    let defaults: GenerationDefaults = serde_json::from_slice(&bytes).map_err(|cause| error(cause.to_string()))?;
+    defaults.check().map_err(error)?;
+    Ok(defaults)
+}

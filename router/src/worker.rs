@@ -1,0 +1,73 @@
+//! Where a request can be sent.
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use quire_engine::scheduler::SchedulerStats;
+use quire_engine::{EngineHandle, EngineHealth, ModelInfo, Submission, SubmitError, TokenEvent, TokenStream};
+
+/// What a worker sends back for one request. Dropping it before its last event cancels the request.
+pub trait TokenSource: Send + 'static {
+    /// The next event; `None` after the last one.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<TokenEvent>>;
+}
+
+/// A place that runs requests of one model.
+pub trait Worker: Send + Sync + 'static {
+    /// Hands a request over; the answer comes by the next step boundary.
+    fn submit(&self, submission: Submission) -> BoxFuture<'_, Result<Box<dyn TokenSource>, SubmitError>>;
+
+    /// The model it runs.
+    fn model(&self) -> &ModelInfo;
+
+    /// Counters as of its last step.
+    fn stats(&self) -> SchedulerStats;
+
+    /// What its step clock says; `stall_after` is how long a step may take.
+    fn health(&self, stall_after: Duration) -> EngineHealth;
+}
+
+/// The engine in this process.
+pub struct LocalWorker {
+    engine: EngineHandle,
+}
+
+impl LocalWorker {
+    pub fn new(engine: EngineHandle) -> Self {
+        Self { engine }
+    }
+}
+
+impl Worker for LocalWorker {
+    fn submit(&self, submission: Submission) -> BoxFuture<'_, Result<Box<dyn TokenSource>, SubmitError>> {
+        Box::pin(async move {
+            let stream = self.engine.submit(submission).await?;
+            Ok(Box::new(LocalSource(stream)) as Box<dyn TokenSource>)
+        })
+    }
+
+    fn model(&self) -> &ModelInfo {
+        self.engine.model()
+    }
+
+    fn stats(&self) -> SchedulerStats {
+        self.engine.stats()
+    }
+
+    fn health(&self, stall_after: Duration) -> EngineHealth {
+        self.engine.health(stall_after)
+    }
+}
+
+struct LocalSource(TokenStream);
+
+impl TokenSource for LocalSource {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<TokenEvent>> {
+        // `next` keeps no state of its own between polls, so a future made for one poll loses nothing when dropped.
+        let next: Pin<&mut _> = pin!(self.0.next());
+        next.poll(cx)
+    }
+}
