@@ -118,7 +118,9 @@ pub enum SequenceOutput {
     /// The range was computed; `tokens` points into [`StepOutput::token_ids`]: 0 to k sampled tokens.
     ///
     /// A plan already in flight counts on all scheduled tokens to stay and on one sampled token. Where another number
-    /// comes, that plan's part for the sequence is void, and the sequence is admitted to its row anew.
+    /// comes, that plan's part for the sequence is void: its entry in the output is not looked at, what it writes to the
+    /// sequence's blocks is written again, and the sequence is admitted to its row anew. The same holds for a sequence
+    /// that ended while a plan with it was in flight, except that it is not admitted again.
     Computed {
         /// How many of the scheduled tokens stay in the cache: all of them, except where speculated tokens were
         /// refused.

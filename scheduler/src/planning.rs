@@ -59,7 +59,8 @@ impl Scheduler {
                 if sequence.readmit {
                     self.kv.copy_tables(sequence.row, &mut plan.new_blocks);
                 }
-                if end > sequence.capacity && !self.cover(slot, end, plan) {
+                // Where somebody before it waits for blocks, it takes none.
+                if end > sequence.capacity && !(all_fit && self.cover(slot, end, plan)) {
                     plan.new_blocks.truncate(start as usize);
                     all_fit = false;
                     continue;

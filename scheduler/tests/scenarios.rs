@@ -14,6 +14,7 @@ use quire_scheduler::{
 };
 
 /// What is done before a step.
+#[expect(clippy::large_enum_variant, reason = "a handful of them, and boxes would clutter the scenarios")]
 enum Action {
     Submit(Request),
     Abort(u64),
