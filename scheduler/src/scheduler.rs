@@ -163,9 +163,13 @@ impl Scheduler {
         has_ended
     }
 
-    /// Moves what happened since the last call to the end of `out`, in order.
+    /// Moves what happened since the last call to the end of `out`, in order. Costs nothing where `out` is empty.
     pub fn drain_events(&mut self, out: &mut Vec<Event>) {
-        out.append(&mut self.events);
+        if out.is_empty() {
+            std::mem::swap(out, &mut self.events);
+        } else {
+            out.append(&mut self.events);
+        }
     }
 
     /// Whether any sequence is alive, or a plan is in flight.
@@ -346,7 +350,7 @@ impl Scheduler {
             tenant: self.queue.tenants.enter(request.tenant),
             request: request.id,
             choice_index: request.choice_offset + rank.choice,
-            stop_filter: request.stop_token_ids.iter().fold(0, |filter, token| filter | 1 << (token % 64)),
+            stop_filter: request.stop_token_ids.iter().fold(0, |filter, token| filter | 1 << (token % 32)),
             ..Sequence::VACANT
         };
         let details = &mut self.details[slot as usize];

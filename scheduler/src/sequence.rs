@@ -36,8 +36,9 @@ pub(crate) enum State {
     Draining,
 }
 
-/// What every step looks at. One or two cache lines.
+/// What every step looks at: one cache line.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(crate) struct Sequence {
     pub(crate) state: State,
     /// Unapplied plans that schedule it: 0 to 2.
@@ -67,8 +68,8 @@ pub(crate) struct Sequence {
     pub(crate) tenant: TenantIndex,
     pub(crate) request: RequestId,
     pub(crate) choice_index: u32,
-    /// Bit t % 64 is set for each stop token t: most tokens are cleared by one test.
-    pub(crate) stop_filter: u64,
+    /// Bit t % 32 is set for each stop token t: most tokens are cleared by one test.
+    pub(crate) stop_filter: u32,
 }
 
 impl Sequence {
@@ -197,6 +198,11 @@ mod tests {
         sequence.num_pending = 1;
         sequence.num_void = 1;
         assert_eq!(sequence.num_schedulable(), 0);
+    }
+
+    #[test]
+    fn what_every_step_looks_at_is_one_cache_line() {
+        assert_eq!(size_of::<Sequence>(), 64);
     }
 
     #[test]
