@@ -355,7 +355,9 @@ pub(super) fn stats(num_inflight: usize, stats: &SchedulerStats) -> wire::StatsR
 /// Puts the request's id into an answer.
 pub(super) fn name_request(metadata: &mut MetadataMap, request_id: &str) {
     // Ids are ASCII by their definition; an id that is not was refused and has no place here.
-    if let Ok(id) = MetadataValue::try_from(request_id) {
+    if !request_id.is_empty()
+        && let Ok(id) = MetadataValue::try_from(request_id)
+    {
         metadata.insert(REQUEST_ID, id);
     }
 }

@@ -10,14 +10,17 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::Request;
+use axum::http::{Request, Response};
 use quire_proto::quire::v1::quire_server::{QuireServer, SERVICE_NAME};
 use tonic::service::Routes;
+use tonic::{Code, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tower::util::{MapRequestLayer, MapResponseLayer};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::timeout::TimeoutBody;
 
+use crate::error::ApiError;
 use crate::lifecycle::Lifecycle;
 
 /// How much a caller may send, and how slowly.
@@ -60,10 +63,19 @@ pub fn routes(
         .add_service(reflection().build_v1alpha()?);
     let slow_body =
         move |request: Request<Body>| request.map(|body| Body::new(TimeoutBody::new(limits.body_timeout, body)));
-    let router = routes.prepare().into_axum_router().layer(tower::util::MapRequestLayer::new(slow_body)).layer(
-        CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| {
-            tonic::Status::internal("internal error").into_http::<Body>()
-        }),
-    );
+    // tonic calls a message that is too large OUT_OF_RANGE, which no handler here ever says; the one table has another
+    // code for it.
+    let too_large = ApiError::TooLarge { what: "the message", limit: limits.max_message_bytes };
+    let name_too_large = move |response: Response<Body>| match Status::from_header_map(response.headers()) {
+        Some(status) if status.code() == Code::OutOfRange => convert::status(&too_large, "").into_http(),
+        _ => response,
+    };
+    let panicked = |_: Box<dyn std::any::Any + Send>| Status::internal("internal error").into_http::<Body>();
+    let router = routes
+        .prepare()
+        .into_axum_router()
+        .layer(MapRequestLayer::new(slow_body))
+        .layer(MapResponseLayer::new(name_too_large))
+        .layer(CatchPanicLayer::custom(panicked));
     Ok((router, Health(reporter)))
 }

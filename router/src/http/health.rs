@@ -33,11 +33,12 @@ async fn ready(State(lifecycle): State<Arc<Lifecycle>>) -> Response {
 
 fn answer(state: Result<(), NotReady>) -> Response {
     let no_store = (header::CACHE_CONTROL, "no-store");
+    let json = (header::CONTENT_TYPE, "application/json");
     match state {
-        Ok(()) => (StatusCode::OK, [no_store], "{\"status\":\"ok\"}\n").into_response(),
+        Ok(()) => (StatusCode::OK, [no_store, json], "{\"status\":\"ok\"}\n").into_response(),
         Err(reason) => {
             let body = format!("{{\"status\":\"unavailable\",\"reason\":\"{}\"}}\n", reason.why());
-            (StatusCode::SERVICE_UNAVAILABLE, [no_store, (header::RETRY_AFTER, "1")], body).into_response()
+            (StatusCode::SERVICE_UNAVAILABLE, [no_store, json, (header::RETRY_AFTER, "1")], body).into_response()
         }
     }
 }
