@@ -1,8 +1,10 @@
+use std::f32::consts::LOG2_E;
+
 use super::{Lens, Logprobs};
 use crate::KernelError;
 use crate::cpu::CpuBackend;
 use crate::cpu::lanes::{LANES, Lanes, Vectorized, vectorize};
-use crate::cpu::math::{SUM_BLOCK_LEN, exp_block, max_and_nan};
+use crate::cpu::math::{SUM_BLOCK_LEN, exp2_block, max_and_nan};
 use crate::cpu::thread_pool::SharedMut;
 
 pub(crate) fn logprobs(backend: &mut CpuBackend, args: Logprobs<'_, CpuBackend>) -> Result<(), KernelError> {
@@ -44,7 +46,7 @@ impl Vectorized for Row<'_> {
         let (max, _) = max_and_nan(simd, logits);
         let mut total = 0.0_f64;
         for block in logits.chunks(SUM_BLOCK_LEN) {
-            total += f64::from(exp_block(simd, block, max, 1.0, &mut []));
+            total += f64::from(exp2_block(simd, block, max, LOG2_E, &mut []));
         }
         let log_total = total.ln();
         let log_softmax = |x: f32| ((f64::from(x) - f64::from(max)) - log_total) as f32;

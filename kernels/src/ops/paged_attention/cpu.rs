@@ -13,6 +13,9 @@
 //! * A chunk's result is the same whether it goes to the running total at once or through memory, and chunks are
 //!   merged in ascending order.
 //!
+//! Fetching the next tile's K and V ahead by hand was no faster than what the processor does by itself (11.5 GB/s a core
+//! either way on Zen 4, where plain reading gives 13.5).
+//!
 //! Who owns what while a batch is computed: a worker its [`Scratch`]; a unit its part of `out`, or its part of `partials`
 //! until it counts down its `countdown`; who counts it to zero, all parts of that row tile and head.
 

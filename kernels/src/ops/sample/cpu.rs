@@ -5,11 +5,13 @@
 //! Without filters their sum is f32 within [`SUM_BLOCK_LEN`] tokens and f64 over such blocks; with filters it is f64, token
 //! by token in ascending order. Ties and sums of the filters are those of the f32 probabilities.
 
+use std::f32::consts::{LN_2, LOG2_E};
+
 use super::{Lens, NON_FINITE, Sample, SampleAt, SamplerRow, SamplerShape, philox};
 use crate::KernelError;
 use crate::cpu::CpuBackend;
 use crate::cpu::lanes::{LANES, Lanes, Vectorized, vectorize};
-use crate::cpu::math::{SUM_BLOCK_LEN, exp_block, max_and_nan};
+use crate::cpu::math::{SUM_BLOCK_LEN, exp2_block, max_and_nan};
 use crate::cpu::thread_pool::SharedMut;
 use crate::ops::at_least;
 
@@ -325,7 +327,7 @@ impl Choice<'_> {
         let Row { seed, choice_index, temperature, top_k, top_p, min_p, typical_p, .. } = *self.params;
         let u = philox::uniform(seed, choice_index, self.tokens.len() as u32);
         // A temperature near zero must not make zero times infinity.
-        let factor = temperature.recip().min(f32::MAX);
+        let factor = (LOG2_E / temperature).min(f32::MAX);
         let work = &mut *self.work;
         let has_top_k = top_k > 0 && (top_k as usize) < logits.len();
 
@@ -335,13 +337,13 @@ impl Choice<'_> {
             for block in work.kept.chunks_mut(SUM_BLOCK_LEN) {
                 let mut copy = [0.0; SUM_BLOCK_LEN];
                 copy[..block.len()].copy_from_slice(block);
-                exp_block(simd, &copy[..block.len()], max, factor, block);
+                exp2_block(simd, &copy[..block.len()], max, factor, block);
             }
         } else {
             let mut total = 0.0_f64;
             work.block_sums.clear();
             for (logits, weights) in logits.chunks(SUM_BLOCK_LEN).zip(work.weights.chunks_mut(SUM_BLOCK_LEN)) {
-                let sum = exp_block(simd, logits, max, factor, weights);
+                let sum = exp2_block(simd, logits, max, factor, weights);
                 work.block_sums.push(sum);
                 total += f64::from(sum);
             }
@@ -368,7 +370,8 @@ impl Choice<'_> {
             work.retain(|_, weight, _| weight >= min_p);
         }
         if typical_p < 1.0 {
-            work.keep_typical(f64::from(typical_p));
+            // The exponent of the weight, without its rounding: weights near zero have few bits.
+            work.keep_typical(f64::from(typical_p), |id| f64::from((logits[id] - max) * factor) * f64::from(LN_2));
         }
         if top_p < 1.0 {
             let total: f64 = work.kept.iter().map(|&weight| f64::from(weight)).sum();
@@ -392,8 +395,11 @@ fn find<S: Lanes>(simd: S, logits: &[f32], x: f32) -> u32 {
 }
 
 /// Bins of keys by their bits from `BIN_SHIFT` on; keys are bits of numbers that are not negative.
-const BIN_SHIFT: u32 = 20;
+const BIN_SHIFT: u32 = 17;
 const NUM_BINS: usize = 1 << (31 - BIN_SHIFT);
+
+/// Up to so many keys are sorted at once, without bins.
+const MAX_SORTED: usize = 1024;
 
 /// Bits of a number in ascending order of numbers.
 #[inline(always)]
@@ -475,49 +481,51 @@ impl Work {
         self.keep_first(mass);
     }
 
-    /// Keeps the tokens whose surprise is nearest to the mean and that together reach `mass` of what is there.
+    /// Keeps the tokens whose surprise is nearest to the mean and that together reach `mass` of what is there. `log_weight`
+    /// gives the logarithm of a token's weight.
     #[inline(always)]
-    fn keep_typical(&mut self, mass: f64) {
-        let total: f64 = self.kept.iter().map(|&weight| f64::from(weight)).sum();
-        let log_total = total.ln();
-        // A weight that was rounded to zero has no surprise to speak of: it comes last.
-        let surprise = |weight: f32| log_total - f64::from(weight).ln();
-        let entropy: f64 = self
-            .kept
-            .iter()
-            .filter(|&&weight| weight > 0.0)
-            .map(|&weight| f64::from(weight) / total * surprise(weight))
-            .sum();
+    fn keep_typical(&mut self, mass: f64, log_weight: impl Fn(usize) -> f64) {
+        let (mut total, mut weighted) = (0.0, 0.0);
+        for (&id, &weight) in self.ids.iter().zip(&self.kept) {
+            // A weight that was rounded to zero has no part in the mean, however surprising it is.
+            if weight > 0.0 {
+                total += f64::from(weight);
+                weighted += f64::from(weight) * log_weight(id as usize);
+            }
+        }
+        // Surprise is log(total) - log(weight), so its distance from the mean is that of log(weight) from its mean.
+        let mean = weighted / total;
         self.keys.clear();
-        self.keys.extend(self.kept.iter().map(|&weight| ((surprise(weight) - entropy).abs() as f32).to_bits()));
+        self.keys.extend(self.ids.iter().map(|&id| ((log_weight(id as usize) - mean).abs() as f32).to_bits()));
         self.keep_first(mass * total);
     }
 
     /// Keeps the tokens with the smallest keys, lower id first among equals, that together reach `mass`.
     #[inline(always)]
     fn keep_first(&mut self, mass: f64) {
-        self.bins.fill(0.0);
-        for (&key, &weight) in self.keys.iter().zip(&self.kept) {
-            self.bins[(key >> BIN_SHIFT) as usize] += f64::from(weight);
-        }
-        let mut sum = 0.0;
-        // The bin in which the mass is reached: the one after which it is.
-        let Some(bin) = self.bins.iter().position(|&of_bin| {
-            let is_reached = of_bin > 0.0 && sum + of_bin >= mass;
-            if !is_reached {
-                sum += of_bin;
-            }
-            is_reached
-        }) else {
-            return;
-        };
         self.edge.clear();
-        // Places in the list stand for ids, which have the same order.
-        for (place, &key) in self.keys.iter().enumerate() {
-            if (key >> BIN_SHIFT) as usize == bin {
-                self.edge.push(u64::from(key) << 32 | place as u64);
+        let mut sum = 0.0;
+        if self.keys.len() <= MAX_SORTED {
+            self.edge.extend(self.keys.iter().zip(0..).map(|(&key, place)| u64::from(key) << 32 | place));
+        } else {
+            self.bins.fill(0.0);
+            for (&key, &weight) in self.keys.iter().zip(&self.kept) {
+                self.bins[(key >> BIN_SHIFT) as usize] += f64::from(weight);
+            }
+            // The bin in which the mass is reached; before it, `sum`.
+            let edge_bin = self.bins.iter().position(|&of_bin| {
+                let is_reached = of_bin > 0.0 && sum + of_bin >= mass;
+                sum += if is_reached { 0.0 } else { of_bin };
+                is_reached
+            });
+            let Some(edge_bin) = edge_bin else { return };
+            for (&key, place) in self.keys.iter().zip(0..) {
+                if (key >> BIN_SHIFT) as usize == edge_bin {
+                    self.edge.push(u64::from(key) << 32 | place);
+                }
             }
         }
+        // Places in the list stand for ids, which have the same order.
         self.edge.sort_unstable();
         let mut last = self.edge.len() - 1;
         for (position, &entry) in self.edge.iter().enumerate() {
