@@ -2,6 +2,7 @@
 
 use std::alloc::Layout;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use crate::{DType, KernelError, KvLayout};
 
@@ -32,6 +33,10 @@ enum Owner {
     Mapping {
         base: NonNull<u8>,
         len: usize,
+    },
+    /// A part of an arena's chunk, which lives as long as any of its parts.
+    Chunk {
+        _chunk: Arc<AlignedBytes>,
     },
 }
 
@@ -116,16 +121,49 @@ impl AlignedBytes {
 
 impl Drop for AlignedBytes {
     fn drop(&mut self) {
-        match self.owner {
-            Owner::Nobody => {}
+        match &self.owner {
+            Owner::Nobody | Owner::Chunk { .. } => {}
             // SAFETY: base and layout are those of the allocation, which is given back once.
-            Owner::Allocator { base, layout } => unsafe { std::alloc::dealloc(base.as_ptr(), layout) },
+            Owner::Allocator { base, layout } => unsafe { std::alloc::dealloc(base.as_ptr(), *layout) },
             #[cfg(unix)]
             // SAFETY: base and length are those of the mapping, which is given back once.
             Owner::Mapping { base, len } => unsafe {
-                libc::munmap(base.as_ptr().cast(), len);
+                libc::munmap(base.as_ptr().cast(), *len);
             },
         }
+    }
+}
+
+/// Many pieces of memory one after the other in large chunks, so that pieces smaller than a huge page lie in huge pages
+/// too. What is left of a chunk is not resident.
+#[derive(Default)]
+pub(crate) struct Arena {
+    chunk: Option<Arc<AlignedBytes>>,
+    used: usize,
+}
+
+impl Arena {
+    const CHUNK_BYTES: usize = 64 << 20;
+
+    /// `len` zero bytes, alone where they are a large part of a chunk.
+    pub(crate) fn zeroed(&mut self, what: &'static str, len: usize) -> Result<AlignedBytes, KernelError> {
+        if len == 0 || len > Self::CHUNK_BYTES / 2 {
+            return AlignedBytes::zeroed(what, len);
+        }
+        let chunk = match &self.chunk {
+            Some(chunk) if self.used + len <= chunk.len() => Arc::clone(chunk),
+            _ => {
+                let chunk = Arc::new(AlignedBytes::zeroed(what, Self::CHUNK_BYTES)?);
+                self.chunk = Some(Arc::clone(&chunk));
+                self.used = 0;
+                chunk
+            }
+        };
+        // SAFETY: `used + len` is at most the chunk's length. No piece begins before the end of the one before, and a
+        // chunk that was left is never taken from again, so the piece is nobody else's.
+        let ptr = unsafe { chunk.ptr.add(self.used) };
+        self.used += len.next_multiple_of(ALIGN);
+        Ok(AlignedBytes { ptr, len, owner: Owner::Chunk { _chunk: chunk } })
     }
 }
 
@@ -282,6 +320,28 @@ mod tests {
             bytes.view_mut::<u8>().fill(0xa5);
             assert_eq!(bytes.view::<u8>().iter().filter(|&&byte| byte == 0xa5).count(), len);
         }
+    }
+
+    #[test]
+    fn pieces_of_an_arena_are_aligned_zeroed_and_apart() {
+        let mut arena = Arena::default();
+        let mut pieces = Vec::new();
+        for index in 0..200_usize {
+            let len = (index * 7919 * 131) % (3 << 20) + 1;
+            let mut piece = arena.zeroed("test", len).expect("small enough");
+            assert_eq!(piece.as_ptr() as usize % ALIGN, 0);
+            assert!(piece.view::<u8>()[..len.min(100)].iter().all(|&byte| byte == 0));
+            piece.view_mut::<u8>()[0] = index as u8;
+            piece.view_mut::<u8>()[len - 1] = index as u8;
+            pieces.push(piece);
+        }
+        drop(arena);
+        pieces.remove(0);
+        for (index, piece) in (1_usize..).zip(&pieces) {
+            assert_eq!((piece.view::<u8>()[0], piece.view::<u8>()[piece.len() - 1]), (index as u8, index as u8));
+        }
+        let large = Arena::default().zeroed("test", Arena::CHUNK_BYTES).expect("lazily zeroed");
+        assert_eq!(large.len(), Arena::CHUNK_BYTES);
     }
 
     #[test]

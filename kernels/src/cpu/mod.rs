@@ -12,6 +12,7 @@ pub use buffer::{CpuBuffer, CpuKv};
 pub use isa::Isa;
 pub use thread_pool::ThreadPool;
 
+use self::buffer::Arena;
 use crate::backend::Backend;
 use crate::ops::{
     embed::{self, Embed},
@@ -39,6 +40,7 @@ pub struct CpuConfig {
 pub struct CpuBackend {
     pub(crate) isa: Isa,
     pub(crate) pool: ThreadPool,
+    pub(crate) weights: Arena,
     pub(crate) linear_workspace: linear::cpu::Workspace,
     pub(crate) attention_workspace: paged_attention::cpu::Workspace,
 }
@@ -53,7 +55,7 @@ impl CpuBackend {
         let pool = ThreadPool::new(config.num_threads)?;
         let linear_workspace = linear::cpu::Workspace::new(pool.num_threads())?;
         let attention_workspace = paged_attention::cpu::Workspace::new(pool.num_threads())?;
-        Ok(Self { isa, pool, linear_workspace, attention_workspace })
+        Ok(Self { isa, pool, weights: Arena::default(), linear_workspace, attention_workspace })
     }
 
     /// The instruction set that kernels and packed weights are for.

@@ -143,6 +143,18 @@ impl Kernel {
     }
 }
 
+/// Fetches `P` lines: into the level-1 cache where they are wanted in a moment (a tile alone), else no further than
+/// into level 2, from where the tiles of the next stretch take them.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fetch_ahead<const P: usize>(from: *const u8, is_wanted_soon: bool) {
+    for line in 0..P {
+        let line = from.wrapping_add(line * 64).cast();
+        // SAFETY: fetching ahead reads nothing, whatever the address.
+        unsafe { if is_wanted_soon { _mm_prefetch::<_MM_HINT_T0>(line) } else { _mm_prefetch::<_MM_HINT_T1>(line) } }
+    }
+}
+
 /// `R` rows; fetches `P` lines ahead per step.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
@@ -158,9 +170,7 @@ unsafe fn avx512_bf16<const R: usize, const P: usize>(tile: &Tile) {
             for (v, w) in w.iter_mut().enumerate() {
                 *w = _mm512_loadu_si512(weights.add(v * 64).cast());
             }
-            for line in 0..P {
-                _mm_prefetch::<_MM_HINT_T0>(prefetch.wrapping_add(line * 64).cast());
-            }
+            fetch_ahead::<P>(prefetch, P == 4);
             for (r, acc) in acc.iter_mut().enumerate() {
                 let pair = activations.add(r * tile.activation_stride).cast::<i32>().read();
                 let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair));
@@ -190,9 +200,7 @@ unsafe fn avx512_f32<const R: usize, const P: usize>(tile: &Tile) {
             for (v, w) in w.iter_mut().enumerate() {
                 *w = _mm512_loadu_ps(weights.add(v * 64).cast());
             }
-            for line in 0..P {
-                _mm_prefetch::<_MM_HINT_T0>(prefetch.wrapping_add(line * 64).cast());
-            }
+            fetch_ahead::<P>(prefetch, P == 4);
             for (r, acc) in acc.iter_mut().enumerate() {
                 let x = _mm512_set1_ps(activations.add(r * tile.activation_stride).cast::<f32>().read());
                 for (acc, w) in acc.iter_mut().zip(w) {
@@ -244,9 +252,7 @@ unsafe fn avx2_bf16<const R: usize, const P: usize>(tile: &Tile) {
         let mut prefetch = tile.prefetch;
         let mut activations = tile.activations;
         for _ in 0..tile.num_steps {
-            for line in 0..P {
-                _mm_prefetch::<_MM_HINT_T0>(prefetch.wrapping_add(line * 64).cast());
-            }
+            fetch_ahead::<P>(prefetch, true);
             let w0 = _mm256_loadu_si256(weights.cast());
             let w1 = _mm256_loadu_si256(weights.add(32).cast());
             // A bf16 is the upper half of an f32: the first of a pair is shifted up, the second masked.
@@ -282,9 +288,7 @@ unsafe fn avx2_f32<const R: usize, const P: usize>(tile: &Tile) {
         let mut prefetch = tile.prefetch;
         let mut activations = tile.activations;
         for _ in 0..tile.num_steps {
-            for line in 0..P {
-                _mm_prefetch::<_MM_HINT_T0>(prefetch.wrapping_add(line * 64).cast());
-            }
+            fetch_ahead::<P>(prefetch, true);
             let w = [_mm256_loadu_ps(weights.cast()), _mm256_loadu_ps(weights.add(32).cast())];
             for (r, acc) in acc.iter_mut().enumerate() {
                 let x = _mm256_broadcast_ss(&*activations.add(r * tile.activation_stride).cast::<f32>());

@@ -125,7 +125,7 @@ pub(crate) fn pack_weight(backend: &mut CpuBackend, source: &WeightSource<'_>) -
     let kernel = Kernel::new(backend.isa, shape.dtype);
     let num_bytes = weight_bytes(backend.isa, shape.out_features, shape.in_features, shape.dtype);
     backend.linear_workspace.reserve(&kernel, shape.in_features)?;
-    let panels = AlignedBytes::zeroed("weight", num_bytes)?;
+    let panels = backend.weights.zeroed("weight", num_bytes)?;
     let mut weight = CpuWeight { shape, isa: backend.isa, kernel, panels };
 
     let panel_bytes = weight.panel_bytes();
