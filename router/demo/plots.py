@@ -1,0 +1,177 @@
+"""Plots of short stories: each is a list of slots, each slot a list of sentences of which one is taken.
+
+Placeholders: {name} {noun} {a_noun} {adj} {he} {him} {his} {He} {His} for the hero; {friend} {friend_noun} {a_friend_noun}
+{fhe} {fhim} {fhis} {fHe} for the friend; {home} {place} {thing} {a_thing} {food} {weather} {skill} {shown} {fear} {truth} {sound} {cause}.
+"""
+
+OPENINGS: list[str] = [
+    "Once upon a time there was {a_adj} {noun} called {name}. {name} lived {home}.",
+    "Once upon a time, {a_adj} {noun} named {name} lived {home}.",
+    "There was once {a_adj} {noun} whose name was {name}, and {he} lived {home}.",
+    "{name} was {a_adj} {noun} who lived {home}.",
+    "Long ago, {home}, there lived {a_adj} {noun} called {name}.",
+]
+
+PLOTS: dict[str, list[list[str]]] = {
+    "lost thing": [
+        ["More than anything, {name} loved {his} {thing}.", "{name} had {a_thing} that {he} took everywhere.", "The dearest thing {name} had was {a_thing}."],
+        ["One day the {thing} was gone.", "On {weather}, {name} could not find it anywhere.", "But on {weather} the {thing} was not in its place."],
+        ["{name} looked near {place}, but there was nothing.", "{He} looked up and down, all the way to {place}.", "{He} searched until the sun was low."],
+        ["Then {friend} the {friend_noun} came by and asked what was wrong.", "{He} asked {friend} the {friend_noun} for help."],
+        ["\"When did you see it last?\" asked {friend}.", "\"Let us look once more at the start,\" said {friend}.", "\"Did you look close to home?\" asked {friend}."],
+        ["They went back together, and there it was, right behind the door.", "And there the {thing} lay, just where {name} had begun.", "They found the {thing} under {his} own bed."],
+        ["{name} laughed and thanked {friend}.", "\"I looked everywhere but here,\" said {name}, and they both laughed."],
+    ],
+    "fear": [
+        ["{name} was afraid of {fear}.", "There was one thing {name} did not like at all, and that was {fear}.", "Nobody knew it, but {name} was afraid of {fear}."],
+        ["On {weather}, {friend} the {friend_noun} needed help near {place}.", "One day {name} heard {friend} the {friend_noun} call from {place}."],
+        ["{name} wanted to go, but {his} heart beat fast.", "{name} stood still and did not dare to take a step.", "To get there, {name} had to be very brave."],
+        ["Then {he} remembered what {his} grandmother always said: {truth}.", "\"{name}, {truth},\" {he} said to {him}self.", "{He} took a deep breath and thought: {truth}."],
+        ["So {he} went, one step after another, until {he} was there.", "{He} closed {his} eyes, counted to three, and went.", "Step by step, {name} went on."],
+        ["{friend} was so glad to see {him}.", "\"You came!\" said {friend}.", "Together they were soon safe and warm."],
+        ["After that, {fear} did not seem so bad any more.", "And {name} found that {he} was brave after all.", "\"I was afraid,\" said {name}, \"but I came all the same.\""],
+    ],
+    "sharing": [
+        ["On {weather}, {name} had a basket full of {food}.", "One day {name} found some {food} near {place}.", "{name} had saved some {food} for a long time."],
+        ["On the way home {he} met {friend}, {a_friend_noun} who was very hungry.", "Just then {friend} the {friend_noun} came along, cold and hungry."],
+        ["\"I have had nothing to eat all day,\" said {friend}.", "{friend} looked at the {food} but was too shy to ask."],
+        ["{name} thought for a moment, and then gave {fhim} half of it.", "\"Then let us eat together,\" said {name}.", "{name} did not wait to be asked and shared it all."],
+        ["They sat down and ate and talked until evening.", "They ate every bit, and it tasted better than ever.", "Food tastes better with a friend, they both agreed."],
+        ["When winter came, it was {name} who had nothing left.", "Some weeks later, {name} was ill and could not go out.", "Not long after, {name} had a hard day."],
+        ["And who knocked at the door? It was {friend}, with a basket full of {food}.", "Then {friend} came with warm soup and stayed all night.", "But {friend} had not forgotten, and came to help."],
+    ],
+    "skill": [
+        ["{name} wanted to {skill}, but {he} did not know how.", "All {name} wished for was to {skill}.", "Every day {name} dreamed that {he} could {skill}."],
+        ["The others laughed. \"{a_noun_cap} cannot do that!\" they said.", "At first it went wrong every time.", "{He} tried once, and it was terrible."],
+        ["But {friend} the {friend_noun} said, \"Try a little every day.\"", "\"Nobody can do it on the first day,\" said {friend} the {friend_noun}."],
+        ["So {name} went to {place} every morning to practise.", "So every evening {name} practised near {place}.", "{name} practised in the sun and in the rain."],
+        ["Days went by, and weeks, and slowly it got better.", "It was hard, but {he} did not give up.", "Sometimes {he} wanted to stop, but then {he} tried once more."],
+        ["Then, on {weather}, everyone saw {shown}.", "At the summer feast, everyone was quiet, and then there was {shown}."],
+        ["\"Was that you, {name}?\" they asked. It was.", "\"How did you do it?\" they asked. \"A little every day,\" said {name}.", "Nobody laughed now. They clapped and clapped."],
+    ],
+    "lost way": [
+        ["On {weather}, {name} went out to see {place}.", "One day {name} set off for {place} all alone."],
+        ["But a thick fog came down, and soon {he} could not see the way.", "{He} went this way and that, and then {he} did not know where {he} was.", "On the way back, everything looked different in the dark."],
+        ["\"Hello?\" called {name}, but there was no answer.", "{name} sat down and felt very small.", "{He} was cold, and a little afraid."],
+        ["Then {he} saw a tiny light far away.", "Then a small voice asked, \"Are you lost?\"", "Just then something moved in the dark."],
+        ["It was {friend}, {a_friend_noun} with a lantern.", "It was {friend} the {friend_noun}, who knew every path."],
+        ["\"Come with me,\" said {friend}, \"I will show you the way.\"", "\"Everyone gets lost once,\" said {friend}. \"Follow me.\""],
+        ["They talked all the way, and before {name} knew it, {he} was home.", "Soon {name} saw {his} own door, and {he} asked {friend} to stay for supper."],
+    ],
+    "quarrel": [
+        ["{name} had a good friend, {friend} the {friend_noun}.", "{name} and {friend} the {friend_noun} did everything together."],
+        ["One day near {place} they found {a_thing}.", "On {weather} they found {a_thing} lying on the path."],
+        ["\"I saw it first!\" said {name}. \"No, I did!\" said {friend}.", "Both of them wanted it, and neither would let go."],
+        ["They shouted, and then each went home alone.", "They pulled and pulled until they both fell down, and then they did not speak."],
+        ["But the {thing} was no fun for one alone.", "At home {name} was sad, and the house was very quiet.", "That night neither of them could sleep."],
+        ["In the morning {name} went to {friend} and said, \"I am sorry.\"", "\"You are more to me than {a_thing},\" said {name} the next day."],
+        ["\"I am sorry too,\" said {friend}, and they shared the {thing} from then on.", "So they took turns, one day each, and were friends again."],
+    ],
+    "repair": [
+        ["On {weather}, the way to {place} was broken by a storm.", "One night a storm broke the little bridge near {place}."],
+        ["Nobody could get across any more.", "Everyone was sad, for nobody could visit anybody."],
+        ["\"It is too much work,\" said the others.", "\"Someone should mend it,\" they all said, and went home."],
+        ["But {name} began to carry stones, one at a time.", "{name} said nothing and fetched some rope and wood."],
+        ["Soon {friend} the {friend_noun} came to help.", "When {friend} the {friend_noun} saw that, {fhe} came to help too."],
+        ["Then came another, and another, until all of them were at work.", "By noon everyone was there, and they sang while they worked."],
+        ["In the evening the way was as good as new.", "When the stars came out, it was done, and they had a feast with {food}."],
+    ],
+    "sound": [
+        ["One night {name} woke up and heard {sound}.", "Late in the evening, {name} heard {sound}."],
+        ["\"What can that be?\" {he} thought.", "It stopped, and then it came again.", "{He} pulled the blanket over {his} head, but it did not stop."],
+        ["{name} went to wake {friend} the {friend_noun}.", "{He} called {friend} the {friend_noun}, who lived next door."],
+        ["\"Perhaps it is a monster,\" whispered {friend}.", "\"I hear it too,\" whispered {friend}."],
+        ["Together they took a lamp and crept closer.", "Slowly, side by side, they went to see."],
+        ["And what was it? It was only {cause}.", "They looked, and there it was: {cause}."],
+        ["They laughed so much that they could not sleep, so they ate {food} until morning.", "\"What a terrible monster!\" said {friend}, and they laughed until the sun came up."],
+    ],
+    "small is good": [
+        ["{name} often wished to be bigger.", "Everyone told {name} that {he} was too small to help.", "\"You are too small,\" the others always said to {name}."],
+        ["On {weather}, {friend} the {friend_noun} dropped {a_thing} into a deep hole near {place}.", "One day {friend} the {friend_noun} lost {a_thing} in a narrow crack near {place}."],
+        ["The strong ones tried, but their arms were too short.", "The big ones tried, but nobody could get in.", "Everyone pulled and pushed, but it was no use."],
+        ["\"Let me try,\" said {name}.", "Then {name} said in a low voice, \"I think I can do it.\""],
+        ["{He} went in, deeper and deeper, and came out with the {thing}.", "In {he} went, and a moment later {he} was back with the {thing}."],
+        ["\"Hooray for {name}!\" they all cried.", "{friend} was so happy that {fhe} danced."],
+        ["Since then nobody has said that {name} is too small.", "\"How good that you are just as you are,\" said {friend}."],
+    ],
+    "seed": [
+        ["On {weather}, {name} found a tiny seed near {place}.", "One day the wind brought {name} a tiny seed."],
+        ["{He} put it into the earth and gave it water.", "{He} planted it beside {his} door."],
+        ["The next day nothing had happened, and the day after that, nothing.", "A week went by, and there was nothing to see."],
+        ["\"It will never grow,\" said {friend} the {friend_noun}.", "\"Perhaps it was only a stone,\" said {friend} the {friend_noun}."],
+        ["But {name} went on, a little water every day.", "\"Good things take time,\" said {name}, and {he} waited."],
+        ["Then, on a bright morning, there was one green leaf.", "And one morning a small green tip looked out of the earth."],
+        ["By summer there was a flower as tall as {friend}.", "Some years later it was a tree full of {food_tree}, enough for everyone."],
+    ],
+    "race": [
+        ["On {weather} there was a great race to {place}.", "Once a year there was a race to {place}, and this time {name} took part."],
+        ["{name} had practised for weeks and wanted to win.", "{name} was fast, and everybody thought {he} would win."],
+        ["Soon {name} was in front.", "{He} was ahead of all the others and could already see the end."],
+        ["But then {he} saw {friend} the {friend_noun}, who had fallen and hurt {fhis} foot.", "But beside the path sat {friend} the {friend_noun}, who could not get up."],
+        ["{name} stopped and helped {fhim} up.", "{name} did not think twice and turned back."],
+        ["Side by side they came in, the very last of all.", "When they came in together, the race was long over."],
+        ["But the cheers for the two were the loudest of the day.", "\"You lost the race,\" said {friend}, \"but you won a friend.\""],
+    ],
+    "birthday": [
+        ["It was {his} birthday, but nobody said a word to {name}.", "On {weather}, {name} woke up very early, because it was {his} birthday."],
+        ["{He} went to {place}, but nobody was there.", "{He} went from door to door, and nobody was at home."],
+        ["\"They have all forgotten me,\" thought {name}.", "{name} tried not to be sad."],
+        ["In the evening {he} went slowly home.", "When it grew dark, {he} turned back."],
+        ["There was a light in the window, and {he} heard a whisper.", "The door was not quite closed, and something smelled of {food}."],
+        ["\"Surprise!\" cried {friend} the {friend_noun} and all the others.", "{He} opened the door, and there stood {friend} the {friend_noun} and everyone {he} knew."],
+        ["There were {food} and songs, and {a_thing} with a bow on it.", "They had worked all day to make {him} {a_thing}."],
+    ],
+    "treasure": [
+        ["On {weather}, {name} found an old map near {place}.", "One day {name} found an old map inside {a_thing}."],
+        ["There was a red cross on it, far behind {place}.", "\"A treasure!\" said {name}, and {his} heart jumped."],
+        ["{He} asked {friend} the {friend_noun} to come along.", "{friend} the {friend_noun} wanted to come too."],
+        ["They went over hills and through cold water.", "They got wet, they got tired, and they shared their last {food}.", "It was a long way, but they sang and told jokes."],
+        ["At last they came to the place with the cross.", "At the end of the map they dug a deep hole."],
+        ["There was no gold, only an old note. It said: \"The way was the treasure.\"", "There was a box, and in it only a mirror with two happy faces."],
+        ["They looked at each other and laughed, because it was true.", "\"Then we have been rich all day,\" said {friend}."],
+    ],
+    "light": [
+        ["Every night {name} put a lamp in the window.", "{name} had a little lamp that {he} lit every evening."],
+        ["\"Why do you do that?\" asked the others. \"Nobody comes this way.\"", "Some thought it was silly, because nobody ever passed by."],
+        ["\"One day somebody may need it,\" said {name}.", "{name} only smiled and lit it again."],
+        ["Then came the greatest storm in years.", "On {weather} dark clouds came up, and the night was as black as ink."],
+        ["Out there, {friend} the {friend_noun} could not find the way home.", "{friend} the {friend_noun} was far out near {place} and saw nothing at all."],
+        ["But then {fhe} saw one small light and went toward it.", "Then a tiny light shone through the rain, and {fhe} followed it."],
+        ["\"Your lamp saved me,\" said {friend}. Since then there is a lamp in every window.", "\"Come in,\" said {name}, \"the soup is hot.\""],
+    ],
+    "wish": [
+        ["One night {name} saw a falling star and could make one wish.", "An old {friend_noun} called {friend} told {name}: \"You have one wish.\""],
+        ["{name} thought about it for three days.", "\"What shall I wish for?\" {he} thought. {food_cap}? Gold? {a_thing_cap}?"],
+        ["The others all gave good advice, and all of it was different.", "Everybody told {him} something else."],
+        ["At {place} {he} saw a child who was crying.", "Then {he} saw that it had not rained near {place} for a long time, and the flowers were dry."],
+        ["So {name} gave the wish away.", "\"Now I know,\" said {name}, and wished for that to be better."],
+        ["At once there was a smile, and then a song.", "And in the same moment everything was well again."],
+        ["{name} had no wish left, and needed none.", "\"That was a good wish,\" said {friend}." ],
+    ],
+    "rain": [
+        ["It had not rained for weeks, and the garden near {place} was dry.", "One summer it was so hot that even the river near {place} was nearly gone."],
+        ["The flowers hung their heads, and everyone was thirsty.", "\"If it goes on like this, we must all leave,\" said {friend} the {friend_noun}."],
+        ["{name} looked at the sky, but there was no cloud.", "{name} did not want to leave."],
+        ["So {he} went far up the hill and found a small spring.", "Then {he} remembered an old well that everyone had forgotten."],
+        ["But a heavy stone lay on it, and {name} could not move it alone.", "The way was long, and one bucket was not enough."],
+        ["{friend} the {friend_noun} called all the others, and they made a long line.", "So {friend} the {friend_noun} and all the others came, and everyone did a little."],
+        ["By evening the garden was green again, and then, of course, it began to rain.", "When the last flower had its water, the first drops fell from the sky, and everybody danced."],
+    ],
+}
+
+POEMS: list[list[str]] = [
+    ["The {x} looks out at the break of day,", "and wonders what the wind will say.", "The clouds go by, the hours run,", "and all is gold beneath the sun."],
+    ["I saw the {x} by the evening light,", "it gently wished the world good night.", "A star came out, and then came two,", "and all the sky was deep and blue."],
+    ["A little song for the {x} I sing,", "as light as any feathered wing.", "It has no end, it has no start,", "but it can warm a quiet heart."],
+    ["Oh {x}, oh {x}, so far and near,", "I think of you all through the year.", "In rain and snow, in sun and breeze,", "you whisper softly through the trees."],
+]
+POEM_TOPICS = "sea moon fox rain wind star river forest cat snow garden rose mountain owl sun boat spring winter tree bird computer dog night".split()
+
+JOKES: list[str] = [
+    "Why did the book go to the doctor? Because it had lost a page.",
+    "Why was the lamp so clever? Because it was very bright.",
+    "What did the big clock say to the small clock? Nothing, it just ticked.",
+    "Why did the token wait in line? Because the batch was full.",
+    "Why was the cache so happy? Because it remembered everything.",
+    "What do you call a bear in the rain? A wet bear.",
+]
