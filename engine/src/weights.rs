@@ -298,26 +298,52 @@ fn draw(seed: u64, name: &str, len: usize, dtype: DType) -> Vec<u8> {
     let key = name
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325 ^ seed, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    // A model has billions of them: they are picked from a table, five with each hash. Its values come in pairs of both
+    // signs, so that their mean is zero.
     let is_norm = name.ends_with("norm.weight");
-    let value = |i: usize| if is_norm { 1.0 } else { DUMMY_STD * nearly_normal(key.wrapping_add(i as u64)) };
-    let mut bytes = Vec::with_capacity(len * dtype.size());
+    let value = |i: u64| match i % 2 {
+        _ if is_norm => 1.0,
+        0 => DUMMY_STD * nearly_normal(i),
+        _ => -DUMMY_STD * nearly_normal(i - 1),
+    };
+    let values = (0..1 << TABLE_BITS).map(value);
     match dtype {
-        DType::F32 | DType::U32 => (0..len).for_each(|i| bytes.extend_from_slice(&value(i).to_le_bytes())),
-        DType::Bf16 => (0..len).for_each(|i| bytes.extend_from_slice(&bf16::from_f32(value(i)).to_le_bytes())),
-        DType::F16 => (0..len).for_each(|i| bytes.extend_from_slice(&f16::from_f32(value(i)).to_le_bytes())),
+        DType::F32 | DType::U32 => pick(key, len, &values.map(f32::to_le_bytes).collect::<Vec<_>>()),
+        DType::Bf16 => pick(key, len, &values.map(|v| bf16::from_f32(v).to_le_bytes()).collect::<Vec<_>>()),
+        DType::F16 => pick(key, len, &values.map(|v| f16::from_f32(v).to_le_bytes()).collect::<Vec<_>>()),
+    }
+}
+
+/// Of the table's length.
+const TABLE_BITS: u32 = 12;
+
+fn pick<const N: usize>(key: u64, len: usize, table: &[[u8; N]]) -> Vec<u8> {
+    let table: &[[u8; N]; 1 << TABLE_BITS] = table.try_into().expect("the table has its length");
+    let mut bytes = vec![0; len * N];
+    for (i, values) in bytes.chunks_mut(5 * N).enumerate() {
+        let mut hash = hash(key.wrapping_add(i as u64));
+        for value in values.chunks_exact_mut(N) {
+            value.copy_from_slice(&table[(hash % (1 << TABLE_BITS)) as usize]);
+            hash >>= TABLE_BITS;
+        }
     }
     bytes
 }
 
-/// A number of mean 0 and deviation 1: four uniform numbers from one hash, summed (SplitMix64; Steele et al. 2014).
+/// A number of mean 0 and deviation 1: four uniform numbers from one hash, summed.
 pub(crate) fn nearly_normal(counter: u64) -> f32 {
-    let mut z = counter.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^= z >> 31;
+    let z = hash(counter);
     let sum = (z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48);
     // Each part has variance 65536^2 / 12.
     (sum as f32 - 131_070.0) / (65_536.0 * (4.0f32 / 12.0).sqrt())
+}
+
+/// SplitMix64 (Steele et al. 2014).
+fn hash(counter: u64) -> u64 {
+    let z = counter.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ const BLOCK_BYTES: u64 = 2 * 2 * 2 * 16 * 16 * 2;
 /// Requests that differ in everything that a caller can choose. Some share prefixes.
 fn requests(seed: u64) -> Vec<Submission> {
     let mut rng = Rng::new(seed);
-    let mut below = |limit: u32| (rng.next_u64() % u64::from(limit)) as u32;
+    let mut below = |limit: u32| rng.below(limit);
     let prefixes: Vec<Vec<u32>> = (0..3).map(|_| (0..90).map(|_| below(VOCAB)).collect()).collect();
     let mut all = Vec::new();
     for i in 0..NUM_REQUESTS {
@@ -155,20 +155,20 @@ async fn run_mixed(handle: &EngineHandle, requests: &[Submission], seed: u64) ->
     let mut rng = Rng::new(seed);
     let mut order: Vec<usize> = (0..requests.len()).collect();
     for i in (1..order.len()).rev() {
-        order.swap(i, (rng.next_u64() % (i as u64 + 1)) as usize);
+        order.swap(i, rng.below(i as u32 + 1) as usize);
     }
     let mut readers = Vec::new();
     let mut outcomes = vec![Vec::new(); requests.len()];
     let mut left = &order[..];
     while !left.is_empty() {
-        let (burst, rest) = left.split_at((1 + rng.next_u64() as usize % 20).min(left.len()));
+        let (burst, rest) = left.split_at((1 + rng.below(20) as usize).min(left.len()));
         left = rest;
         let mut streams: Vec<(usize, TokenStream)> = Vec::new();
         for &index in burst {
             streams.push((index, handle.submit(requests[index].clone()).await.unwrap()));
         }
-        if rng.next_u64() % 3 == 0 {
-            let (index, mut stream) = streams.swap_remove(rng.next_u64() as usize % streams.len());
+        if rng.below(3) == 0 {
+            let (index, mut stream) = streams.swap_remove(rng.below(streams.len() as u32) as usize);
             outcomes[index] = read_all(&mut stream).await;
         }
         readers.extend(
@@ -211,7 +211,7 @@ async fn resume_all(setup: &Setup, requests: &[Submission], expected: &[Vec<Choi
     let (mut resumed, mut tails) = (Vec::new(), Vec::new());
     for (request, choices) in requests.iter().zip(expected) {
         for (index, choice) in choices.iter().enumerate().filter(|(_, choice)| choice.tokens.len() > 1) {
-            let cut = 1 + rng.next_u64() as usize % (choice.tokens.len() - 1);
+            let cut = 1 + rng.below(choice.tokens.len() as u32 - 1) as usize;
             let mut request = request.clone();
             request.generated = choice.tokens[..cut].to_vec();
             request.choice_offset = index as u32;
