@@ -37,6 +37,19 @@ pub struct KvPlace {
     pub offset: usize,
 }
 
+/// How the numbers of one token and head lie in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvToken {
+    /// Index of dimension 0 of K.
+    pub k_start: usize,
+    /// Dimensions of K that lie side by side, and numbers from such a run to the next.
+    pub k_run: usize,
+    pub k_stride: usize,
+    /// Index of dimension 0 of V, and numbers from a dimension to the next.
+    pub v_start: usize,
+    pub v_stride: usize,
+}
+
 impl KvLayout {
     /// Refuses what no device can hold or read: zero sizes, a block size that is not a multiple of 16, an odd or too
     /// large `head_dim`, a type other than `F32` and `Bf16`, slots that do not fit a `u32`.
@@ -115,6 +128,18 @@ impl KvLayout {
         self.head_index(place.layer, place.block, place.kv_head) + self.v_offset() + pair * pack + place.offset % pack
     }
 
+    /// How the numbers of one token lie.
+    pub const fn token(&self, place: KvPlace) -> KvToken {
+        let pack = self.pack();
+        KvToken {
+            k_start: self.k_index(place, 0),
+            k_run: pack,
+            k_stride: pack * self.block_size,
+            v_start: self.v_index(place, 0),
+            v_stride: pack,
+        }
+    }
+
     /// Numbers interleaved in 4 bytes.
     const fn pack(&self) -> usize {
         4 / self.dtype.size()
@@ -164,6 +189,21 @@ mod tests {
         let single = layout(DType::F32);
         assert_eq!(single.k_index(next, 0), single.k_index(place, 0) + 1);
         assert_eq!(single.v_index(place, 1), single.v_index(place, 0) + 1);
+    }
+
+    #[test]
+    fn a_token_lies_where_its_numbers_do() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let layout = layout(dtype);
+            for offset in 0..16 {
+                let place = KvPlace { layer: 1, block: 2, kv_head: 1, offset };
+                let KvToken { k_start, k_run, k_stride, v_start, v_stride } = layout.token(place);
+                for dim in 0..6 {
+                    assert_eq!(layout.k_index(place, dim), k_start + dim / k_run * k_stride + dim % k_run);
+                    assert_eq!(layout.v_index(place, dim), v_start + dim * v_stride);
+                }
+            }
+        }
     }
 
     #[test]

@@ -422,6 +422,41 @@ fn a_prompt_has_the_same_bits_in_one_chunk_in_many_and_token_by_token() {
 }
 
 #[test]
+fn a_token_that_is_no_number_spoils_only_those_that_see_it() {
+    let mut rng = Rng::new(10);
+    let len = 200;
+    for (dtype, shape, window) in [
+        (DType::Bf16, shape(4, 1, 24), Some(20)),
+        (DType::Bf16, shape(7, 7, 64), None),
+        (DType::F32, shape(70, 1, 8), Some(33)),
+        (DType::F32, shape(3, 1, 16), None),
+    ] {
+        let mut world = World::new(&mut rng, shape, 16, dtype, &[len]);
+        world.window = window;
+        let step = [Step { seq: 0, from: 0, to: len }];
+        for backend in &mut cpu_backends(&[2]) {
+            let kv = world.cache(backend, &step);
+            let expected = world.attend(backend, &kv, &step);
+            for (position, bad) in [(77, f32::NAN), (78, f32::INFINITY), (130, f32::NAN)] {
+                let start = position * world.shape.qkv_len() + world.shape.q_len();
+                let good = world.seqs[0].qkv[start..start + 2 * world.shape.head_dim].to_vec();
+                world.seqs[0].qkv[start..start + 2 * world.shape.head_dim].fill(bad);
+                let kv = world.cache(backend, &step);
+                world.seqs[0].qkv[start..start + 2 * world.shape.head_dim].copy_from_slice(&good);
+                let actual = world.attend(backend, &kv, &step);
+                let q_len = world.shape.q_len();
+                assert_same_bits(&actual[..position * q_len], &expected[..position * q_len]);
+                assert!(actual[position * q_len..][..q_len].iter().any(|x| x.is_nan()));
+                if let Some(window) = window {
+                    let after = (position + window as usize) * q_len;
+                    assert_same_bits(&actual[after..], &expected[after..]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn equal_values_give_that_value() {
     // Weights sum to what they are divided by, to the rounding of sums.
     let mut rng = Rng::new(9);

@@ -184,10 +184,13 @@ fn high(pair: u32) -> f32 {
     f32::from_bits(pair & 0xffff_0000)
 }
 
-/// The nearest bf16, half to even; a NaN stays one.
+/// The nearest bf16, half to even; a NaN stays one. Without branches, so that loops of it become vectors.
 #[inline(always)]
 pub(crate) fn bf16_bits(x: f32) -> u16 {
-    half::bf16::from_f32(x).to_bits()
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let quiet = bits | 0x0040_0000;
+    (if x.is_nan() { quiet } else { rounded } >> 16) as u16
 }
 
 /// Plain loops that the compiler turns into whatever the target has.

@@ -7,9 +7,9 @@
 //! Why a row has the same bits whatever is computed beside it:
 //! * Chunks and tiles start at multiples of their lengths in the context. A score is one chain of products over
 //!   dimensions, and the sum over a tile's tokens one chain over tokens, from zero.
-//! * A tile, chunk or token that a row does not see is either left out or takes part with weight zero; both give the same
-//!   bits: a running sum times one plus zero, or a finite number times zero added to a sum. Only the sign of a
-//!   zero could differ, and the last addition of zero removes it.
+//! * Tokens that a row does not see take no part in its sums, not even with weight zero: a NaN among them stays theirs.
+//!   A chunk that a row does not see leaves its running total as it is: times one, plus zero. Only the sign of a zero
+//!   could differ, and the last addition of zero removes it.
 //! * A chunk's result is the same whether it goes to the running total at once or through memory, and chunks are
 //!   merged in ascending order.
 //!
@@ -46,10 +46,14 @@ const PARTIAL_NUMBERS: usize = 1 << 20;
 /// Row tiles times heads that can be split in one batch.
 const MAX_SPLITS: usize = 1024;
 
+/// Tasks that there is room for from the start: 8192 sequences, or prompts of 8192 tokens of 32 heads and a few hundred
+/// sequences.
+const NUM_TASKS: usize = 8192;
+
 /// Units that a thread should find on average, so that all finish at about the same time.
 const UNITS_PER_THREAD: usize = 3;
 
-/// Working memory: taken once, except for the list of units, which grows to the largest batch seen.
+/// Working memory: taken once; only a batch of more than [`NUM_TASKS`] tasks, once, takes more for the list of them.
 pub(crate) struct Workspace {
     scratches: Vec<Box<Scratch>>,
     partials: AlignedBytes,
@@ -65,7 +69,7 @@ impl Workspace {
             scratches: (0..num_threads).map(|_| scratch()).collect(),
             partials: AlignedBytes::zeroed("attention", PARTIAL_NUMBERS * size_of::<f32>())?,
             countdowns: (0..MAX_SPLITS).map(|_| AtomicU32::new(0)).collect(),
-            tasks: Vec::new(),
+            tasks: Vec::with_capacity(NUM_TASKS),
         })
     }
 }
@@ -562,34 +566,47 @@ impl Unit<'_> {
         }
 
         let seq = batch.lists.seq(self.task.seq);
-        for row in rows.clone() {
-            let position = seq.first_position() + (self.task.row_start + row) / batch.group_len;
+        let token_of = |row: usize| (self.task.row_start + row) / batch.group_len;
+        let visible_to = |row: usize| {
+            let position = seq.first_position() + token_of(row);
             let first = first_visible(position, batch.window).saturating_sub(tile_start).min(TILE_LEN);
             let end = (position + 1).saturating_sub(tile_start).min(TILE_LEN);
-            softmax_row::<S, E>(simd, scratch, row, batch.scale, first..end);
+            first..end
+        };
+        for row in rows.clone() {
+            softmax_row::<S, E>(simd, scratch, row, batch.scale, visible_to(row));
         }
 
-        for block in RowBlocks::new(rows, S::MAX_ROWS) {
-            let mut dim = 0;
-            while dim < head_dim {
-                let num_vectors = (head_dim - dim) / LANES;
-                let num_vectors = if num_vectors >= S::MAX_COLS { S::MAX_COLS } else { num_vectors.min(1) };
-                let sums = Sums::<E> {
-                    // SAFETY: weights of rows below MAX_ROWS.
-                    weights: unsafe { scratch.weights.as_ptr().add(block.start * (TILE_LEN / E::PACK)) },
-                    factors: &scratch.factors[block.clone()],
-                    v: &tile.v,
-                    visible: &tile.visible,
-                    v_stride: head_dim,
-                    dim,
-                    // SAFETY: sums of rows below MAX_ROWS; `row_len` is head_dim rounded up to whole vectors.
-                    sums: unsafe { scratch.chunk.sums.as_mut_ptr().add(block.start * row_len + dim) },
-                    row_len,
-                    element: std::marker::PhantomData,
-                };
-                sums.dispatch(simd, block.len(), num_vectors, head_dim - dim);
-                dim += num_vectors.max(1) * LANES;
+        // Where all rows see the whole tile they are taken together, otherwise by token.
+        let all_see_all = visible_to(rows.start).end == TILE_LEN && visible_to(rows.end - 1).start == 0;
+        let mut start = rows.start;
+        while start < rows.end {
+            let next_token = (token_of(start) + 1) * batch.group_len - self.task.row_start;
+            let end = if all_see_all { rows.end } else { next_token.min(rows.end) };
+            let visible = by_vector(&visible_to(start));
+            for block in RowBlocks::new(start..end, S::MAX_ROWS) {
+                let mut dim = 0;
+                while dim < head_dim {
+                    let num_vectors = (head_dim - dim) / LANES;
+                    let num_vectors = if num_vectors >= S::MAX_COLS { S::MAX_COLS } else { num_vectors.min(1) };
+                    let sums = Sums::<E> {
+                        // SAFETY: weights of rows below MAX_ROWS.
+                        weights: unsafe { scratch.weights.as_ptr().add(block.start * (TILE_LEN / E::PACK)) },
+                        factors: &scratch.factors[block.clone()],
+                        v: &tile.v,
+                        visible: &visible,
+                        v_stride: head_dim,
+                        dim,
+                        // SAFETY: sums of rows below MAX_ROWS; `row_len` is head_dim rounded up to whole vectors.
+                        sums: unsafe { scratch.chunk.sums.as_mut_ptr().add(block.start * row_len + dim) },
+                        row_len,
+                        element: std::marker::PhantomData,
+                    };
+                    sums.dispatch(simd, block.len(), num_vectors, head_dim - dim);
+                    dim += num_vectors.max(1) * LANES;
+                }
             }
+            start = end;
         }
     }
 
@@ -639,6 +656,17 @@ impl State {
     }
 }
 
+/// Tokens `visible` of a tile, as tokens of each of its vectors.
+#[inline(always)]
+fn by_vector(visible: &Range<usize>) -> [(usize, usize); TILE_VECTORS] {
+    let mut parts = [(0, 0); TILE_VECTORS];
+    for (index, part) in parts.iter_mut().enumerate() {
+        let limit = |token: usize| token.saturating_sub(index * LANES).min(LANES);
+        *part = (limit(visible.start), limit(visible.end));
+    }
+    parts
+}
+
 /// Adds the result of the next chunk to those before it.
 #[inline(always)]
 fn merge<S: Lanes>(
@@ -683,9 +711,8 @@ fn softmax_row<S: Lanes, E: Element>(simd: S, scratch: &mut Scratch, row: usize,
             *x = simd.mul(simd.load_slice(scores, 0.0), scale);
         }
     } else {
-        for (index, (x, scores)) in x.iter_mut().zip(scores.chunks_exact(LANES)).enumerate() {
-            let limit = |token: usize| token.saturating_sub(index * LANES).min(LANES);
-            let mask = simd.mask_range(limit(visible.start).min(limit(visible.end)), limit(visible.end));
+        for ((x, scores), (start, end)) in x.iter_mut().zip(scores.chunks_exact(LANES)).zip(by_vector(&visible)) {
+            let mask = simd.mask_range(start, end);
             // What lies in the other lanes may be anything, NaN included.
             *x = simd.select(mask, simd.mul(simd.load_slice(scores, 0.0), scale), *x);
         }
@@ -850,6 +877,7 @@ struct Sums<'a, E> {
     weights: *const u32,
     factors: &'a [f32],
     v: &'a [*const u32; TILE_VECTORS],
+    /// What all of these rows see.
     visible: &'a [(usize, usize); TILE_VECTORS],
     /// Words from one step to the next: `head_dim`.
     v_stride: usize,
@@ -894,12 +922,12 @@ impl<E: Element, const R: usize, const D: usize> Vectorized for SumsOf<'_, E, R,
                 continue;
             }
             for step in first / E::PACK..end.div_ceil(E::PACK) {
-                // A pair may have one token that no row sees; it may hold anything, and NaN times zero is NaN.
+                // A pair may have one token that is not seen; it may hold anything, and NaN times zero is NaN.
                 let is_cut = E::PACK == 2 && (2 * step < first || 2 * step + 2 > end);
                 let keep = if 2 * step < first { 0xffff_0000 } else { 0x0000_ffff };
                 let mut column = [E::splat(simd, 0); D];
                 for (d, column) in column.iter_mut().enumerate() {
-                    // SAFETY: a step is a row of `head_dim` words of V; the vector of tokens is there, as some row sees
+                    // SAFETY: a step is a row of `head_dim` words of V; the vector of tokens is there, as the rows see
                     // it, and the last vector of dimensions has `num_lanes` lanes.
                     *column = unsafe {
                         let words = v[index].add(step * v_stride + dim + d * LANES);

@@ -4,10 +4,10 @@ use super::{Lens, RopeKvWrite};
 use crate::cpu::lanes::{Lanes, Vectorized, bf16_bits, vectorize};
 use crate::cpu::thread_pool::SharedMut;
 use crate::cpu::{CpuBackend, CpuKv};
-use crate::kv_layout::{KvPlace, MAX_HEAD_DIM};
+use crate::kv_layout::{KvPlace, KvToken, MAX_HEAD_DIM};
 use crate::ops::all_below;
 use crate::ops::rms_norm::cpu::normalize;
-use crate::{DType, KernelError, KvLayout};
+use crate::{DType, KernelError};
 
 /// Numbers that are worth waking another thread for.
 const MIN_NUMBERS_PER_THREAD: usize = 8 * 1024;
@@ -63,8 +63,8 @@ pub(crate) fn rope_kv_write(backend: &mut CpuBackend, args: RopeKvWrite<'_, CpuB
                 )
             };
             let cos_sin = &cos_sin[token * head_dim..][..head_dim];
-            let place = KvPlace { layer, block, kv_head, offset };
-            vectorize(isa, Item { q, k, v, cos_sin, norm, cache: &cache, layout: &layout, place });
+            let at = layout.token(KvPlace { layer, block, kv_head, offset });
+            vectorize(isa, Item { q, k, v, cos_sin, norm, cache: &cache, at });
         }
     });
     Ok(())
@@ -97,12 +97,25 @@ impl<'a> Cache<'a> {
         }
     }
 
+    /// Writes K and V of one token and head.
     #[inline(always)]
-    fn write(&self, index: usize, x: f32) {
+    fn write(&self, at: KvToken, k: &[f32], v: &[f32]) {
         match self {
-            Self::F32(numbers) => numbers[index].store(x.to_bits(), Ordering::Relaxed),
-            Self::Bf16(numbers) => numbers[index].store(bf16_bits(x), Ordering::Relaxed),
+            Self::F32(numbers) => write(numbers, at, k, v, |number, x| number.store(x.to_bits(), Ordering::Relaxed)),
+            Self::Bf16(numbers) => write(numbers, at, k, v, |number, x| number.store(bf16_bits(x), Ordering::Relaxed)),
         }
+    }
+}
+
+#[inline(always)]
+fn write<T>(numbers: &[T], at: KvToken, k: &[f32], v: &[f32], store: impl Fn(&T, f32)) {
+    for (out, k) in numbers[at.k_start..].chunks(at.k_stride).zip(k.chunks_exact(at.k_run)) {
+        for (out, &k) in out.iter().zip(k) {
+            store(out, k);
+        }
+    }
+    for (out, &v) in numbers[at.v_start..].iter().step_by(at.v_stride).zip(v) {
+        store(out, v);
     }
 }
 
@@ -113,8 +126,7 @@ struct Item<'a> {
     cos_sin: &'a [f32],
     norm: Option<Norm<'a>>,
     cache: &'a Cache<'a>,
-    layout: &'a KvLayout,
-    place: KvPlace,
+    at: KvToken,
 }
 
 impl Vectorized for Item<'_> {
@@ -135,10 +147,7 @@ impl Vectorized for Item<'_> {
             normalize(simd, k, norm.k_weight, norm.eps);
         }
         rotate(k, self.cos_sin);
-        for (dim, (&k, &v)) in k.iter().zip(self.v).enumerate() {
-            self.cache.write(self.layout.k_index(self.place, dim), k);
-            self.cache.write(self.layout.v_index(self.place, dim), v);
-        }
+        self.cache.write(self.at, k, self.v);
     }
 }
 
