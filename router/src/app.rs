@@ -45,8 +45,8 @@ pub enum AppError {
     Bind { key: &'static str, address: SocketAddr, why: String },
     #[error("{0}")]
     Model(String),
-    #[error("the engine stopped")]
-    EngineStopped,
+    #[error("the engine stopped: {0}")]
+    EngineStopped(String),
     #[error("{0}")]
     System(String),
 }
@@ -116,7 +116,9 @@ async fn serve(loaded: Loaded, start: Instant) -> Result<(), AppError> {
             tracing::info!(signal = name, "stopping");
             Ok(())
         }
-        error = watch(&lifecycle, &health) => Err(error),
+        () = watch(&lifecycle, &health) => {
+            Err(AppError::EngineStopped(engine.failure().unwrap_or_else(|| "for no known reason".to_owned())))
+        }
     };
     health.set_ready(false).await;
     // A dead engine ends its streams itself; there is nothing to wait for.
@@ -269,7 +271,7 @@ fn say_what_is_served(source: &ModelSource, name: &str, info: &ModelInfo, elapse
 }
 
 /// Keeps gRPC's health in step with readiness and says so in the log; ends when the engine has.
-async fn watch(lifecycle: &Lifecycle, health: &grpc::Health) -> AppError {
+async fn watch(lifecycle: &Lifecycle, health: &grpc::Health) {
     let mut ticks = tokio::time::interval(WATCH);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut was = Ok(());
@@ -291,5 +293,4 @@ async fn watch(lifecycle: &Lifecycle, health: &grpc::Health) -> AppError {
             metrics::upkeep();
         }
     }
-    AppError::EngineStopped
 }

@@ -37,6 +37,9 @@ const SNIFF: Duration = Duration::from_millis(20);
 /// Wait after a failed accept: out of file descriptors, as a rule, and trying at once would only burn a core.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Files that connections never take.
+const RESERVED_FILES: usize = 128;
+
 /// A bound address.
 pub struct Listener {
     kind: Kind,
@@ -67,7 +70,15 @@ impl Listener {
             keepalive: Duration::from_secs(config.keepalive_seconds),
         };
         let socket = TcpListener::bind(address).await?;
-        Ok(Self { kind, socket, limits, open: Arc::new(Semaphore::new(config.max_connections)) })
+        let max_connections = config.max_connections.min(connections_within_files());
+        if max_connections < config.max_connections {
+            tracing::warn!(
+                max_connections,
+                listener = kind.label(),
+                "fewer connections: the limit on open files is low"
+            );
+        }
+        Ok(Self { kind, socket, limits, open: Arc::new(Semaphore::new(max_connections)) })
     }
 
     /// The address, with the port that was taken for port 0.
@@ -78,16 +89,22 @@ impl Listener {
     /// Accepts until the process stops.
     pub async fn serve(self, app: Router, shutdown: Shutdown) {
         let Self { kind, socket, limits, open } = self;
+        let mut failing = false;
         loop {
             let accepted = tokio::select! {
                 accepted = socket.accept() => accepted,
                 () = shutdown.stopping.cancelled() => return,
             };
             let stream = match accepted {
-                Ok((stream, _)) => stream,
+                Ok((stream, _)) => {
+                    failing = false;
+                    stream
+                }
                 Err(error) => {
-                    // The reason stays while it lasts; it must not end the listener.
-                    tracing::warn!(%error, listener = kind.label(), "cannot accept a connection");
+                    // The reason passes, as a rule; it must not end the listener, nor fill the log.
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::warn!(%error, listener = kind.label(), "cannot accept connections");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
@@ -102,6 +119,14 @@ impl Listener {
             shutdown.tasks.spawn(connection.serve(stream, permit));
         }
     }
+}
+
+/// Connections of one listener that leave files for the other and for everything else the process opens.
+fn connections_within_files() -> usize {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let files =
+        limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next()?.parse().ok());
+    files.map_or(usize::MAX, |files: usize| (files.saturating_sub(RESERVED_FILES) / 2).max(1))
 }
 
 struct Connection {
