@@ -98,7 +98,12 @@ impl Server {
     }
 
     pub(crate) fn get(&self, path: &str) -> Answer {
-        request(self.http, &format!("GET {path} HTTP/1.1\r\nhost: quire\r\nconnection: close\r\n\r\n"))
+        request(self.http, &get_text(path))
+    }
+
+    /// The same, of a server that may end meanwhile: `None` where it does not answer.
+    pub(crate) fn try_get(&self, path: &str) -> Option<Answer> {
+        try_request(self.http, &get_text(path)).ok().filter(|answer| answer.status != 0)
     }
 
     pub(crate) fn post(&self, path: &str, body: &str) -> Answer {
@@ -156,11 +161,21 @@ pub(crate) fn connect(address: SocketAddr) -> TcpStream {
 
 /// One request on a connection of its own.
 pub(crate) fn request(address: SocketAddr, text: &str) -> Answer {
-    let mut stream = connect(address);
-    stream.write_all(text.as_bytes()).unwrap();
+    try_request(address, text).unwrap()
+}
+
+/// The same, where the other side may refuse it.
+pub(crate) fn try_request(address: SocketAddr, text: &str) -> std::io::Result<Answer> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.write_all(text.as_bytes())?;
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).unwrap();
-    parse(&String::from_utf8_lossy(&answer))
+    stream.read_to_end(&mut answer)?;
+    Ok(parse(&String::from_utf8_lossy(&answer)))
+}
+
+fn get_text(path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nhost: quire\r\nconnection: close\r\n\r\n")
 }
 
 fn parse(text: &str) -> Answer {
