@@ -6,10 +6,7 @@ use prost::Message;
 
 const PROTOS: &[&str] = &["quire/v1/quire.proto"];
 
-#[allow(
-    clippy::disallowed_methods,
-    reason = "Cargo speaks to build scripts through the environment"
-)]
+#[allow(clippy::disallowed_methods, reason = "Cargo speaks to build scripts through the environment")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     for proto in PROTOS {
         println!("cargo::rerun-if-changed={proto}");
@@ -18,9 +15,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let descriptors = protox::compile(PROTOS, ["."])?;
     // With comments and all: what server reflection hands out.
     std::fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure()
-        .emit_rerun_if_changed(false)
-        .btree_map(".")
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().emit_rerun_if_changed(false).btree_map(".").compile_fds(descriptors)?;
     Ok(())
 }

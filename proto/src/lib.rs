@@ -21,15 +21,7 @@ mod tests {
     #[test]
     fn descriptors_name_every_method() {
         let text = String::from_utf8_lossy(super::FILE_DESCRIPTOR_SET).into_owned();
-        for method in [
-            "Generate",
-            "GenerateStream",
-            "Chat",
-            "ChatStream",
-            "Abort",
-            "ModelInfo",
-            "Stats",
-        ] {
+        for method in ["Generate", "GenerateStream", "Chat", "ChatStream", "Abort", "ModelInfo", "Stats"] {
             assert!(text.contains(method), "{method} is not in the descriptors");
         }
     }
@@ -38,20 +30,10 @@ mod tests {
     fn absent_and_empty_differ_where_they_must() {
         use super::quire::v1::{SamplingParams, TokenIds};
         let none = SamplingParams::default();
-        let zero = SamplingParams {
-            temperature: Some(0.0),
-            seed: Some(0),
-            ..none.clone()
-        };
-        let empty = SamplingParams {
-            allowed_token_ids: Some(TokenIds { ids: vec![] }),
-            ..none.clone()
-        };
+        let zero = SamplingParams { temperature: Some(0.0), seed: Some(0), ..none.clone() };
+        let empty = SamplingParams { allowed_token_ids: Some(TokenIds { ids: vec![] }), ..none.clone() };
         for message in [none, zero, empty] {
-            assert_eq!(
-                SamplingParams::decode(message.encode_to_vec().as_slice()).as_ref(),
-                Ok(&message)
-            );
+            assert_eq!(SamplingParams::decode(message.encode_to_vec().as_slice()).as_ref(), Ok(&message));
         }
     }
 }
