@@ -360,7 +360,8 @@ fn write_json(
     let separator = if indent.is_some() { "," } else { ", " };
     match value.kind() {
         ValueKind::Undefined | ValueKind::None => text.push_str("null"),
-        ValueKind::Bool | ValueKind::Number => {
+        ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
+        ValueKind::Number => {
             let _ = write!(text, "{value}");
         }
         ValueKind::String => push_json_string(value.as_str().unwrap_or_default(), text),

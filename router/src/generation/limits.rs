@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct Limits {
     /// Bytes of an HTTP body. A long context in JSON takes about 5 bytes a token.
     pub max_body_bytes: usize,
+    /// Bytes of all bodies that were received and not turned into tokens yet; past it callers get 429. At least
+    /// `max_body_bytes`.
+    pub max_buffered_bytes: usize,
     /// Seconds that a client may take to send a body.
     pub body_timeout_seconds: u64,
     /// Messages of a conversation.
@@ -49,6 +52,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_body_bytes: 8 << 20,
+            max_buffered_bytes: 128 << 20,
             body_timeout_seconds: 30,
             max_messages: 2048,
             max_prompts: 128,
@@ -84,6 +88,9 @@ impl Limits {
         ];
         match at_least_one.into_iter().find(|(_, value)| *value == 0) {
             Some((field, _)) => Err((field, "must be at least 1")),
+            None if self.max_buffered_bytes < self.max_body_bytes => {
+                Err(("max_buffered_bytes", "must be at least max_body_bytes"))
+            }
             None => Ok(()),
         }
     }

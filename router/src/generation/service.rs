@@ -10,6 +10,8 @@ use futures::Stream;
 use quire_engine::{Submission, SubmitError, TokenEvent};
 use quire_scheduler::{AdapterId, CacheSalt, FinishReason, TenantId};
 use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+use tracing::Instrument;
 
 use crate::detokenizer::SpecialTokenText;
 use crate::error::ApiError;
@@ -23,6 +25,9 @@ use super::choice::{Choice, ChoiceRules};
 use super::text::{TextPool, TextWork, check_input};
 use super::validate::{self, invalid};
 use super::{GenerationEvent, GenerationRequest, Input, Limits, Usage};
+
+/// Bytes that a permit of [`GenerationService::body_budget`] stands for.
+pub(crate) const BUDGET_UNIT: usize = 1024;
 
 /// What a [`GenerationService`] is made of.
 pub struct ServiceParts {
@@ -38,6 +43,7 @@ struct Shared {
     limits: Limits,
     inflight: Arc<Inflight>,
     pool: TextPool,
+    body_budget: Arc<Semaphore>,
 }
 
 /// The one set of handlers behind both faces. A clone is another handle to the same service.
@@ -50,13 +56,16 @@ impl GenerationService {
     pub fn new(parts: ServiceParts) -> Self {
         let ServiceParts { worker, model, limits, inflight } = parts;
         let pool = TextPool::new(&limits);
-        Self { shared: Arc::new(Shared { worker, model, limits, inflight, pool }) }
+        let budget = (limits.max_buffered_bytes / BUDGET_UNIT).min(Semaphore::MAX_PERMITS);
+        let body_budget = Arc::new(Semaphore::new(budget));
+        Self { shared: Arc::new(Shared { worker, model, limits, inflight, pool, body_budget }) }
     }
 
     /// Validates, tokenizes and submits a request. An error here means that nothing was started.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Generation, ApiError> {
         let mut metrics = RequestMetrics::start(request.endpoint);
-        match self.start(request).await {
+        let span = tracing::debug_span!("request", request_id = request.request_id);
+        match self.start(request).instrument(span).await {
             Ok(started) => Ok(started.into_generation(metrics)),
             Err(error) => {
                 if let ApiError::Overloaded { .. } = error {
@@ -70,7 +79,7 @@ impl GenerationService {
     }
 
     async fn start(&self, request: GenerationRequest) -> Result<Started, ApiError> {
-        let Shared { worker, model, limits, inflight, pool } = &*self.shared;
+        let Shared { worker, model, limits, inflight, pool, .. } = &*self.shared;
         let GenerationRequest { request_id, endpoint: _, tenant, model: model_name, input, params, deadline } = request;
         let entered = inflight.enter(&request_id)?;
         self.check_model(model_name)?;
@@ -86,9 +95,11 @@ impl GenerationService {
             input => {
                 let work = TextWork::new(model, limits, created);
                 let bad_words = std::mem::take(&mut checked.bad_words);
-                let encode =
-                    pool.run(&request_id, move || Ok((work.encode(input)?, work.encode_bad_words(&bad_words)?)));
-                before(deadline, encode).await?
+                let vocab_size = model.info().vocab_size;
+                let encode = pool.run(&request_id, move || {
+                    Ok((work.encode(input)?, work.encode_bad_words(&bad_words, vocab_size)?))
+                });
+                before(deadline, encode.instrument(tracing::debug_span!("tokenize"))).await?
             }
         };
         let prompt = self.fitted(prompt, checked.truncate_prompt_tokens)?;
@@ -186,6 +197,11 @@ impl GenerationService {
 
     pub fn limits(&self) -> &Limits {
         &self.shared.limits
+    }
+
+    /// Memory for bodies that were received and not turned into tokens yet, in units of [`BUDGET_UNIT`] bytes.
+    pub(crate) fn body_budget(&self) -> &Arc<Semaphore> {
+        &self.shared.body_budget
     }
 
     /// Ends a request: its stream's last event is [`ApiError::Cancelled`]. Says whether there was one.
@@ -432,4 +448,35 @@ fn printable(name: &str) -> String {
 
 fn now_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn salts_separate_tenants_adapters_models_and_callers() {
+        let salt = |tenant, adapter: Option<u32>, digest, caller| {
+            derive_cache_salt(TenantId(tenant), adapter.map(AdapterId), &[digest; 32], caller).0
+        };
+        let salts = [
+            salt(0, None, 0, None),
+            salt(1, None, 0, None),
+            salt(0, Some(0), 0, None),
+            salt(0, Some(1), 0, None),
+            salt(0, None, 1, None),
+            salt(0, None, 0, Some("")),
+            salt(0, None, 0, Some("a")),
+        ];
+        for (index, one) in salts.iter().enumerate() {
+            assert!(salts[index + 1..].iter().all(|other| other != one), "salt {index}");
+        }
+        assert_eq!(salt(3, Some(4), 5, Some("x")), salt(3, Some(4), 5, Some("x")));
+    }
+
+    #[test]
+    fn names_are_repeated_without_control_characters() {
+        assert_eq!(printable("gpt\n\u{1b}[0m"), "gpt??[0m");
+        assert_eq!(printable(&"x".repeat(1000)).len(), 128);
+    }
 }

@@ -148,8 +148,9 @@ impl TextWork {
             .map_err(|error| refused("messages", error))
     }
 
-    /// Words that must not appear, with and without a space before them, since a vocabulary has both.
-    pub(super) fn encode_bad_words(&self, words: &[String]) -> Result<Vec<Vec<u32>>, ApiError> {
+    /// Words that must not appear, with and without a space before them, since a vocabulary has both. Tokens that the
+    /// model has no row for cannot appear anyway.
+    pub(super) fn encode_bad_words(&self, words: &[String], vocab_size: u32) -> Result<Vec<Vec<u32>>, ApiError> {
         let mut runs = Vec::new();
         for word in words {
             let word = word.trim_start();
@@ -158,7 +159,7 @@ impl TextWork {
                     .tokenizer
                     .encode(&spelled, SpecialTokens::AsText, false)
                     .map_err(|error| refused("bad_words", error))?;
-                if !run.is_empty() && !runs.contains(&run) {
+                if !run.is_empty() && run.iter().all(|id| *id < vocab_size) && !runs.contains(&run) {
                     runs.push(run);
                 }
             }

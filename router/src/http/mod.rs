@@ -19,9 +19,10 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use futures::{FutureExt, StreamExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::ApiError;
-use crate::generation::{GenerationService, Limits};
+use crate::generation::{BUDGET_UNIT, GenerationService};
 use crate::metrics::Outcome;
 use crate::random::{is_request_id, request_id};
 
@@ -134,8 +135,39 @@ impl IntoResponse for Failure {
     }
 }
 
+/// A body, and its share of the memory that all bodies have.
+struct Received {
+    body: Vec<u8>,
+    share: BodyShare,
+}
+
+/// Given back when dropped.
+struct BodyShare(Option<OwnedSemaphorePermit>);
+
+impl BodyShare {
+    /// Takes what is missing for `bytes`. A body takes its memory as it arrives, so that one that is announced and
+    /// not sent takes none.
+    fn grow(&mut self, bytes: usize, budget: &Arc<Semaphore>) -> Result<(), ApiError> {
+        let held = self.0.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let missing = bytes.div_ceil(BUDGET_UNIT).saturating_sub(held);
+        if missing == 0 {
+            return Ok(());
+        }
+        let missing = u32::try_from(missing).unwrap_or(u32::MAX);
+        let permit = Arc::clone(budget)
+            .try_acquire_many_owned(missing)
+            .map_err(|_| ApiError::Overloaded { retry_after_seconds: 1 })?;
+        match &mut self.0 {
+            Some(held) => held.merge(permit),
+            None => self.0 = Some(permit),
+        }
+        Ok(())
+    }
+}
+
 /// Reads a JSON body within its limits of size and time.
-async fn read_json_body(request: Request, limits: &Limits) -> Result<Vec<u8>, Failure> {
+async fn read_json_body(request: Request, service: &GenerationService) -> Result<Received, Failure> {
+    let limits = service.limits();
     let headers = request.headers();
     if !is_json(headers) {
         return Err(Failure::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "the content type must be application/json"));
@@ -151,7 +183,7 @@ async fn read_json_body(request: Request, limits: &Limits) -> Result<Vec<u8>, Fa
         return Err(too_large());
     }
     let read = async {
-        let mut body = Vec::new();
+        let (mut body, mut share) = (Vec::new(), BodyShare(None));
         let mut stream = request.into_body().into_data_stream();
         while let Some(data) = stream.next().await {
             let data = data.map_err(|_| Failure::new(StatusCode::BAD_REQUEST, "the body could not be read"))?;
@@ -159,12 +191,13 @@ async fn read_json_body(request: Request, limits: &Limits) -> Result<Vec<u8>, Fa
             if body.len() + data.len() > limit {
                 return Err(too_large());
             }
+            share.grow(body.len() + data.len(), service.body_budget())?;
             body.extend_from_slice(&data);
         }
-        Ok(body)
+        Ok(Received { body, share })
     };
     match tokio::time::timeout(Duration::from_secs(limits.body_timeout_seconds), read).await {
-        Ok(body) => body,
+        Ok(received) => received,
         Err(_) => Err(Failure::new(StatusCode::REQUEST_TIMEOUT, "the body took too long")),
     }
 }

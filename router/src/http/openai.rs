@@ -20,15 +20,15 @@ use super::answer::{Event, Generations, Head, PromptPart, Shape, json, slice, wh
 use super::fields::Ignored;
 use super::sse::EventStream;
 use super::types::{ChatBody, Common, CompletionsBody, DetokenizeBody, Prompt, TokenizeBody};
-use super::{Failure, IGNORED_PARAMS, RequestId, read_json_body};
+use super::{BodyShare, Failure, IGNORED_PARAMS, Received, RequestId, read_json_body};
 
 /// The tenant of a server without keys.
 const TENANT: TenantId = TenantId(0);
 
 /// `POST /v1/chat/completions`
 pub(super) async fn chat(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
-    let (id, body) = receive(&service, Endpoint::Chat, request, ChatBody::parse).await?;
-    let job = Job { service, endpoint: Endpoint::Chat, shape: Shape::Chat, id, common: body.common };
+    let Parsed { id, body, share } = receive(&service, Endpoint::Chat, request, ChatBody::parse).await?;
+    let job = Job { service, endpoint: Endpoint::Chat, shape: Shape::Chat, id, share, common: body.common };
     let prompt = JobPrompt { input: Input::Chat(body.input), echo: None };
     let wants_prompt_logprobs = job.common.params.prompt_logprobs.is_some();
     job.answer(vec![prompt], AnswerOptions { wants_prompt_logprobs, echo_only: false }).await
@@ -39,7 +39,7 @@ pub(super) async fn completions(
     State(service): State<GenerationService>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let (id, body) = receive(&service, Endpoint::Completions, request, CompletionsBody::parse).await?;
+    let Parsed { id, body, share } = receive(&service, Endpoint::Completions, request, CompletionsBody::parse).await?;
     let CompletionsBody { common, prompts, add_special_tokens, echo, echo_only, wants_prompt_logprobs } = body;
     let prompts = prompts
         .into_iter()
@@ -52,8 +52,15 @@ pub(super) async fn completions(
             input: prompt.into_input(add_special_tokens),
         })
         .collect();
-    let job = Job { service, endpoint: Endpoint::Completions, shape: Shape::Completions, id, common };
+    let job = Job { service, endpoint: Endpoint::Completions, shape: Shape::Completions, id, share, common };
     job.answer(prompts, AnswerOptions { wants_prompt_logprobs, echo_only }).await
+}
+
+/// A body that was understood. What it holds takes about the memory of its bytes.
+struct Parsed<T> {
+    id: RequestId,
+    body: T,
+    share: BodyShare,
 }
 
 /// Reads a body and parses it; a refusal is counted under its endpoint.
@@ -62,14 +69,16 @@ async fn receive<T>(
     endpoint: Endpoint,
     request: Request,
     parse: impl FnOnce(&[u8], &crate::generation::Limits) -> Result<T, ApiError>,
-) -> Result<(RequestId, T), Failure> {
+) -> Result<Parsed<T>, Failure> {
     let id = RequestId::of(&request);
-    let parsed = match read_json_body(request, service.limits()).await {
-        Ok(body) => parse(&body, service.limits()).map_err(Failure::from),
+    let parsed = match read_json_body(request, service).await {
+        Ok(Received { body, share }) => {
+            parse(&body, service.limits()).map(|body| Parsed { id, body, share }).map_err(Failure::from)
+        }
         Err(failure) => Err(failure),
     };
     match parsed {
-        Ok(parsed) => Ok((id, parsed)),
+        Ok(parsed) => Ok(parsed),
         Err(failure) => {
             RequestMetrics::start(endpoint).finish(failure.outcome());
             Err(failure)
@@ -83,6 +92,8 @@ struct Job {
     endpoint: Endpoint,
     shape: Shape,
     id: RequestId,
+    /// Held until the prompts are tokens.
+    share: BodyShare,
     common: Common,
 }
 
@@ -99,7 +110,7 @@ struct AnswerOptions {
 
 impl Job {
     async fn answer(self, prompts: Vec<JobPrompt>, options: AnswerOptions) -> Result<Response, Failure> {
-        let Self { service, endpoint, shape, id, common } = self;
+        let Self { service, endpoint, shape, id, share, common } = self;
         let Common { model, request_id, mut params, stream, return_token_ids, tokens_as_ids, ignored } = common;
         let request_id = request_id.unwrap_or_else(|| id.0.to_string());
         // One seed for all prompts, so that the answer can name it.
@@ -132,6 +143,7 @@ impl Job {
             })
         });
         let generations = try_join_all(started).await?;
+        drop(share);
 
         let table = service.model().table();
         let prompts = generations
@@ -198,7 +210,8 @@ pub(super) async fn tokenize(State(service): State<GenerationService>, request: 
         tokens: Arc<[u32]>,
         token_strs: Option<Vec<String>>,
     }
-    let (_, body) = receive(&service, Endpoint::Tokenize, request, TokenizeBody::parse).await?;
+    let Parsed { body, share: _share, .. } =
+        receive(&service, Endpoint::Tokenize, request, TokenizeBody::parse).await?;
     service.check_model(body.model)?;
     let tokens = service.tokenize(body.input).await?;
     let table = service.model().table();
@@ -219,7 +232,8 @@ pub(super) async fn detokenize(
     struct Answer {
         prompt: String,
     }
-    let (_, body) = receive(&service, Endpoint::Detokenize, request, |body, _| DetokenizeBody::parse(body)).await?;
+    let Parsed { body, share: _share, .. } =
+        receive(&service, Endpoint::Detokenize, request, |body, _| DetokenizeBody::parse(body)).await?;
     service.check_model(body.model)?;
     let prompt = service.detokenize(body.tokens).await?;
     Ok(json_response(json(&Answer { prompt }), &body.ignored))
