@@ -15,10 +15,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
 fn manifest(crate_dir: &str) -> toml::Table {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let path = root.join(crate_dir).join("Cargo.toml");
-    let text = std::fs::read_to_string(&path)
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    text.parse()
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    text.parse().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// Our own crates among the dependencies of the given kinds.
@@ -53,10 +51,7 @@ fn tests_do_not_reach_upwards_either() {
         }
         let used = own_dependencies(&manifest(name), &["dev-dependencies"]);
         let forbidden: Vec<_> = used.difference(&reachable).collect();
-        assert!(
-            forbidden.is_empty(),
-            "tests of {name} must not use {forbidden:?}"
-        );
+        assert!(forbidden.is_empty(), "tests of {name} must not use {forbidden:?}");
     }
 }
 
@@ -69,11 +64,7 @@ fn every_crate_of_the_workspace_is_in_the_house() {
         .iter()
         .map(|member| member.as_str().expect("a member is a path"))
         .collect();
-    let house: BTreeSet<&str> = ALLOWED
-        .iter()
-        .map(|(name, _)| *name)
-        .chain(["tests"])
-        .collect();
+    let house: BTreeSet<&str> = ALLOWED.iter().map(|(name, _)| *name).chain(["tests"]).collect();
     assert_eq!(members, house);
 }
 
@@ -102,11 +93,7 @@ fn the_scheduler_is_pure() {
     let mut seen = 0;
     while let Some(path) = files.pop() {
         if path.is_dir() {
-            files.extend(
-                std::fs::read_dir(&path)
-                    .expect("a folder")
-                    .map(|entry| entry.expect("an entry").path()),
-            );
+            files.extend(std::fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("an entry").path()));
             continue;
         }
         seen += 1;
@@ -114,12 +101,7 @@ fn the_scheduler_is_pure() {
         for (index, line) in text.lines().enumerate() {
             let code = line.split("//").next().unwrap_or_default();
             for word in forbidden {
-                assert!(
-                    !code.contains(word),
-                    "{}:{}: {word}",
-                    path.display(),
-                    index + 1
-                );
+                assert!(!code.contains(word), "{}:{}: {word}", path.display(), index + 1);
             }
         }
     }

@@ -874,3 +874,18 @@ mod x86 {
 
     const _: () = assert!(LANES == 16);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_as_half_does() {
+        let edges = [0.0, -0.0, 1.0, f32::MAX, f32::MIN_POSITIVE, 1e-40, f32::INFINITY, f32::NEG_INFINITY];
+        let near_ties = (0..1 << 18).map(|low| f32::from_bits(0x3f80_0000 + low));
+        for x in edges.into_iter().chain(near_ties) {
+            assert_eq!(bf16_bits(x), half::bf16::from_f32(x).to_bits(), "{x:e}");
+        }
+        assert!(half::bf16::from_bits(bf16_bits(f32::from_bits(0x7f80_0001))).is_nan());
+    }
+}

@@ -18,6 +18,7 @@ use std::arch::x86_64::*;
 
 use crate::DType;
 use crate::cpu::Isa;
+use crate::cpu::lanes::bf16_bits;
 
 /// The widest panel of any kernel.
 pub(super) const MAX_PANEL_WIDTH: usize = 64;
@@ -402,7 +403,7 @@ pub(super) unsafe fn round_row_avx512(x: &[f32], target: &mut [u8]) {
 pub(super) fn round_row_f32(x: &[f32], target: &mut [u8]) {
     let (numbers, padding) = target.split_at_mut(size_of_val(x));
     for (target, &x) in numbers.chunks_exact_mut(4).zip(x) {
-        let rounded = u32::from(super::weight::bf16_bits(x)) << 16;
+        let rounded = u32::from(bf16_bits(x)) << 16;
         target.copy_from_slice(&rounded.to_ne_bytes());
     }
     padding.fill(0);
