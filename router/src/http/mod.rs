@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, BodyDataStream};
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -179,16 +179,18 @@ async fn read_json_body(request: Request, service: &GenerationService) -> Result
     let limit = limits.max_body_bytes;
     let too_large = || Failure::Api(ApiError::TooLarge { what: "the body", limit });
     let length = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if length.is_some_and(|length| length > limit as u64) {
-        return Err(too_large());
-    }
     let read = async {
         let (mut body, mut share) = (Vec::new(), BodyShare(None));
         let mut stream = request.into_body().into_data_stream();
+        if length.is_some_and(|length| length > limit as u64) {
+            discard(&mut stream, limit).await;
+            return Err(too_large());
+        }
         while let Some(data) = stream.next().await {
             let data = data.map_err(|_| Failure::new(StatusCode::BAD_REQUEST, "the body could not be read"))?;
             // A body without a length, or with more than it said.
             if body.len() + data.len() > limit {
+                discard(&mut stream, limit).await;
                 return Err(too_large());
             }
             share.grow(body.len() + data.len(), service.body_budget())?;
@@ -199,6 +201,18 @@ async fn read_json_body(request: Request, service: &GenerationService) -> Result
     match tokio::time::timeout(Duration::from_secs(limits.body_timeout_seconds), read).await {
         Ok(received) => received,
         Err(_) => Err(Failure::new(StatusCode::REQUEST_TIMEOUT, "the body took too long")),
+    }
+}
+
+/// Reads and drops what is left of a refused body, at most `limit` bytes: a client that is still writing when the
+/// connection closes would see a broken pipe and not the answer.
+async fn discard(stream: &mut BodyDataStream, limit: usize) {
+    let mut dropped = 0;
+    while let Some(Ok(data)) = stream.next().await {
+        dropped += data.len();
+        if dropped > limit {
+            return;
+        }
     }
 }
 
