@@ -20,7 +20,7 @@ test:
 
 # Only the tests that speak HTTP and gRPC to a running server.
 e2e:
-    cargo test -p quire-tests -p quire-router
+    cargo test --workspace --test e2e --test process --test http
 
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
@@ -28,7 +28,7 @@ doc:
 deny:
     cargo deny check bans licenses sources
 
-# Throughput of operations, scheduler and step; figures go to benches/RESULTS.md.
+# Pace of operations, scheduler and step; figures go to benches/RESULTS.md.
 bench:
     cargo bench --workspace
     cargo run --release -- bench scheduler
