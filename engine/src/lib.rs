@@ -66,20 +66,20 @@ fn start_on<B: Backend>(
     device_note: Option<String>,
 ) -> Result<EngineHandle, EngineError> {
     let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, device_note)?;
-    let scheduler = Scheduler::new(scheduler_config(&info, settings, kv_plan.groups))?;
+    let scheduler = Scheduler::new(scheduler_config(info.max_model_len, settings, kv_plan.groups))?;
     step_loop::spawn(executor, scheduler, info, engine.pipeline_depth, observer)
 }
 
 /// The scheduler's budgets, where settings that are 0 follow from the model.
-fn scheduler_config(info: &ModelInfo, settings: &SchedulerSettings, kv_groups: Vec<KvGroup>) -> SchedulerConfig {
+fn scheduler_config(max_model_len: u32, settings: &SchedulerSettings, kv_groups: Vec<KvGroup>) -> SchedulerConfig {
     let max_waiting_tokens = match settings.max_waiting_tokens {
-        0 => 16 * u64::from(info.max_model_len),
+        0 => 16 * u64::from(max_model_len),
         tokens => tokens,
     };
     SchedulerConfig {
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,
-        max_model_len: info.max_model_len,
+        max_model_len,
         block_size: settings.block_size,
         kv_groups,
         enable_prefix_cache: settings.prefix_cache,

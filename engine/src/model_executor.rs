@@ -133,14 +133,23 @@ impl<B: Backend> ModelExecutor<B> {
         config.drop_long_windows(kv_cache::wanted_model_len(&config, settings)?);
         // Plan once as if all memory were free: settings that can never work should fail before minutes of loading.
         let exact = Some(engine.kv_cache_memory).filter(|bytes| *bytes > 0).map(Budget::Exact);
-        let windows = KvPlan::new(&config, dtype, settings, exact.unwrap_or(Budget::ShareOf(u64::MAX)))?.windows;
+        let plan = KvPlan::new(&config, dtype, settings, exact.unwrap_or(Budget::ShareOf(u64::MAX)))?;
+        crate::scheduler_config(plan.max_model_len, settings, plan.groups).validate()?;
+        let windows = plan.windows;
         let max_num_tokens = settings.max_num_batched_tokens as usize;
         let decoder = Decoder::load(&mut backend, config, &weights, dtype, max_num_tokens, &windows)?;
         let digest = weights.digest();
         drop(weights);
-        let budget = exact.unwrap_or_else(|| Budget::ShareOf(kv_cache::free_memory()));
+        let free = kv_cache::free_memory();
+        let budget = exact.unwrap_or(Budget::ShareOf(free));
         let config = decoder.config();
         let kv_plan = KvPlan::new(config, dtype, settings, budget)?;
+        if kv_plan.total_bytes() > free {
+            return Err(EngineError::Config {
+                field: "engine.kv_cache_memory".to_owned(),
+                why: format!("a cache of {} bytes does not fit, {free} bytes are free", kv_plan.total_bytes()),
+            });
+        }
         let vocab_size = config.vocab_size;
         let shape = TableShape {
             max_num_seqs: settings.max_num_seqs as usize,

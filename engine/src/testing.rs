@@ -335,7 +335,7 @@ pub fn start_with(
 ) -> Result<EngineHandle, EngineError> {
     let settings = SchedulerSettings { block_size: model.block_size, ..settings.clone() };
     let groups = vec![KvGroup { kind: KvGroupKind::Full, num_blocks: model.num_blocks }];
-    let scheduler = Scheduler::new(scheduler_config(&model, &settings, groups))?;
+    let scheduler = Scheduler::new(scheduler_config(model.max_model_len, &settings, groups))?;
     let model = ModelInfo {
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,

@@ -3,6 +3,7 @@
 //! Files are mapped while weights are packed and unmapped when [`Weights`] is dropped; nothing of a file stays in use.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
@@ -88,6 +89,7 @@ struct Entry {
     dtype: FileDtype,
     shape: Vec<usize>,
     range: Range<usize>,
+    is_read: Cell<bool>,
 }
 
 impl Weights {
@@ -130,6 +132,29 @@ impl Weights {
         }
     }
 
+    /// Refuses files that hold tensors which the model did not read: they would be dropped in silence, and the model
+    /// would compute something else than its makers meant. `copies` are pairs `(unread, read)` that may be the same
+    /// tensor twice (a tied output layer, written out).
+    pub(crate) fn refuse_unread(&self, copies: &[(&str, &str)]) -> Result<(), EngineError> {
+        let Values::Files { blobs, index } = &self.values else { return Ok(()) };
+        let bytes = |entry: &Entry| &blobs[entry.blob].bytes()[entry.range.clone()];
+        let is_copy = |name: &str, entry: &Entry| {
+            let original = copies.iter().find(|(copy, _)| *copy == name).and_then(|(_, of)| index.get(*of));
+            original.is_some_and(|of| of.shape == entry.shape && bytes(of) == bytes(entry))
+        };
+        // Older files carry the rotary frequencies, which follow from config.json.
+        let is_derived = |name: &str| name.ends_with(".rotary_emb.inv_freq");
+        let unread =
+            index.iter().filter(|(name, entry)| !entry.is_read.get() && !is_derived(name) && !is_copy(name, entry));
+        match unread.map(|(name, _)| name).min() {
+            None => Ok(()),
+            Some(name) => Err(EngineError::Tensor {
+                name: name.clone(),
+                why: "is in the files, but config.json describes a model that does not use it".to_owned(),
+            }),
+        }
+    }
+
     /// A matrix `[rows, cols]`.
     pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor<'_>, EngineError> {
         self.tensor(name, &[rows, cols])
@@ -158,6 +183,7 @@ impl Weights {
                 }
                 let dtype = dtype(entry.dtype)
                     .ok_or_else(|| error(format!("is stored as {:?}; F32, F16 and BF16 are served", entry.dtype)))?;
+                entry.is_read.set(true);
                 // The header's check says that the range holds exactly what shape and type ask for.
                 let bytes = Cow::Borrowed(&blobs[entry.blob].bytes()[entry.range.clone()]);
                 Ok(Tensor { dtype, rows, cols, bytes })
@@ -278,7 +304,10 @@ fn index_blob(
             why: format!("is missing from {file}, where {INDEX} says it is"),
         })?;
         let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
-        index.insert(name, Entry { blob: blob_index, dtype: info.dtype, shape: info.shape.clone(), range });
+        index.insert(
+            name,
+            Entry { blob: blob_index, dtype: info.dtype, shape: info.shape.clone(), range, is_read: Cell::new(false) },
+        );
     }
     Ok(())
 }
@@ -419,6 +448,31 @@ mod tests {
         for (i, bytes) in cases.into_iter().enumerate() {
             assert!(matches!(open(bytes), Err(EngineError::ModelFile { .. })), "case {i}");
         }
+    }
+
+    #[test]
+    fn what_the_model_does_not_read_is_named() {
+        let header = |second: &str| {
+            format!(
+                r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}},"{second}":{{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}}}"#
+            )
+        };
+        let read_a = |bytes: Vec<u8>| {
+            let weights = open(bytes).unwrap();
+            weights.vector("a", 2).unwrap();
+            weights
+        };
+        let weights = read_a(file(&header("b"), 16));
+        assert!(matches!(weights.refuse_unread(&[]), Err(EngineError::Tensor { name, .. }) if name == "b"));
+        // Said to be a copy, and not one.
+        assert!(weights.refuse_unread(&[("b", "a")]).is_err());
+        weights.vector("b", 2).unwrap();
+        assert!(weights.refuse_unread(&[]).is_ok());
+
+        let mut twice = file(&header("b"), 8);
+        twice.extend(0..8);
+        assert!(read_a(twice).refuse_unread(&[("b", "a")]).is_ok());
+        assert!(read_a(file(&header("layers.0.rotary_emb.inv_freq"), 16)).refuse_unread(&[]).is_ok());
     }
 
     #[test]

@@ -181,10 +181,15 @@ impl Connection {
                     .header_read_timeout(limits.header_timeout)
                     .max_headers(limits.max_headers)
                     .max_buf_size(limits.max_header_bytes as usize);
+                // Whoever comes while the server drains (a probe, say) gets one answer: a connection that is shut down
+                // before its first request is closed without any.
+                let is_draining = shutdown.draining.is_cancelled();
+                builder.keep_alive(!is_draining);
                 let mut connection = std::pin::pin!(builder.serve_connection(io, service));
                 tokio::select! {
                     ended = connection.as_mut() => ended,
-                    () = shutdown.draining.cancelled() => {
+                    () = shutdown.stopping.cancelled(), if is_draining => Ok(()),
+                    () = shutdown.draining.cancelled(), if !is_draining => {
                         connection.as_mut().graceful_shutdown();
                         tokio::select! {
                             ended = connection => ended,

@@ -43,12 +43,13 @@ impl Pace {
         self.busy_since = (waiting_tokens > 0).then_some(now);
     }
 
-    /// Microseconds until so many waiting tokens have left the queue; `None` before there is evidence.
+    /// Microseconds until so many waiting tokens have left the queue; `None` before there is evidence: enough time, and
+    /// something that left. Sequences that run for long say nothing of the pace at which rows become free.
     pub(crate) fn predict(&self, num_tokens: u64) -> Option<u64> {
-        if self.micros < TRUST_MICROS {
+        if self.micros < TRUST_MICROS || self.tokens == 0 {
             return None;
         }
-        let micros = u128::from(num_tokens) * u128::from(self.micros) / u128::from(self.tokens.max(1));
+        let micros = u128::from(num_tokens) * u128::from(self.micros) / u128::from(self.tokens);
         Some(u64::try_from(micros).unwrap_or(u64::MAX))
     }
 
@@ -89,7 +90,11 @@ mod tests {
         pace.step(Time(TRUST_MICROS - 1), 1);
         assert_eq!(pace.predict(1), None);
         assert_eq!(pace.retry_after_micros(1), UNKNOWN_RETRY_MICROS);
+        // Time alone is none: whoever runs may be about to end.
         pace.step(Time(TRUST_MICROS), 1);
+        assert_eq!(pace.predict(1), None);
+        pace.drain(2);
+        pace.step(Time(2 * TRUST_MICROS), 1);
         assert_eq!(pace.predict(1), Some(TRUST_MICROS));
         assert_eq!(pace.retry_after_micros(u64::MAX), *RETRY_MICROS.end());
     }

@@ -132,6 +132,14 @@ async fn completions_take_every_form_of_prompt() {
     assert_eq!(of(&several, 0), of(&plain, 0));
     assert_eq!(of(&ask(json!([ids, ids])).await, 1), of(&plain, 0));
 
+    // Equal prompts of one request are draws of their own, and repeatable.
+    let drawn = json!({"prompt": [text, text], "max_tokens": 24, "temperature": 1, "seed": -7});
+    let first = server.ask("/v1/completions", &drawn).await;
+    let second = server.ask("/v1/completions", &drawn).await;
+    assert_ne!(of(&first, 0), of(&first, 1));
+    assert_eq!([of(&first, 0), of(&first, 1)], [of(&second, 0), of(&second, 1)]);
+    assert_eq!(first["seed"], json!(-7));
+
     let mut echoed = with(settings.clone(), "prompt", json!(text));
     echoed["echo"] = json!(true);
     let echoed = server.ask("/v1/completions", &echoed).await;

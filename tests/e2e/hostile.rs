@@ -137,5 +137,11 @@ async fn bodies_that_are_no_request() {
     assert_eq!(post("messages=1".into(), "application/x-www-form-urlencoded").await, 415);
     let status = server.client.get(&url).send().await.expect("an answer").status();
     assert_eq!(status, 405);
+    // Lists far longer than they can mean anything.
+    let many = vec![0; 1_000_000];
+    let prompts = json!({"prompt": vec!["a"; 128], "max_tokens": 1, "allowed_token_ids": many});
+    assert_eq!(server.post("/v1/completions", &prompts).await.status(), 400);
+    assert_eq!(server.post("/detokenize", &json!({"tokens": many})).await.status(), 400);
+    assert_eq!(server.post("/v1/completions", &json!({"prompt": many, "echo": true})).await.status(), 400);
     server.ask("/v1/completions", &json!({"prompt": "Hello", "max_tokens": 1})).await;
 }

@@ -91,7 +91,7 @@ async fn overload_is_refused_with_a_time_to_come_back() {
 
 #[tokio::test]
 async fn a_drain_lets_streams_finish_and_ends_the_rest_with_an_error() {
-    let server = Server::start(&["--server.drain-timeout-seconds", "1"]).await;
+    let server = Server::start(&["--server.drain-timeout-seconds", "4"]).await;
     let mut short = endless();
     short["max_tokens"] = json!(60);
     let mut short = server.post("/v1/completions", &short).await.bytes_stream();
@@ -100,6 +100,13 @@ async fn a_drain_lets_streams_finish_and_ends_the_rest_with_an_error() {
     let endless = endless();
     let long = futures::future::join_all((0..24).map(|_| server.post("/v1/completions", &endless))).await;
     server.terminate();
+    server.until("draining", async |server| server.log().contains("draining")).await;
+    // Probes on new connections are answered while streams run, and say no.
+    let ready = format!("{}/health/ready", server.http);
+    for _ in 0..8 {
+        let response = reqwest::Client::new().get(&ready).send().await.expect("probes are answered during a drain");
+        assert_eq!(response.status(), 503);
+    }
 
     let ends: Vec<String> = futures::future::join_all(long.into_iter().map(async |stream| {
         assert_eq!(stream.status(), 200);

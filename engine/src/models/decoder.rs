@@ -119,6 +119,7 @@ impl<B: Backend> Decoder<B> {
             layers.push(loader.layer(&config, index, window, group, layer_in_group)?);
         }
         let size = loader.size;
+        weights.refuse_unread(if config.tie_word_embeddings { &[(LM_HEAD, EMBEDDING)] } else { &[] })?;
         let buffers = Buffers::alloc(backend, &config, max_num_tokens)?;
         Ok(Self { config, embedding, lm_head, layers, final_norm, buffers, size })
     }

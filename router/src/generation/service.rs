@@ -63,15 +63,11 @@ impl GenerationService {
 
     /// Validates, tokenizes and submits a request. An error here means that nothing was started.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Generation, ApiError> {
-        let mut metrics = RequestMetrics::start(request.endpoint);
+        let metrics = RequestMetrics::start(request.endpoint);
         let span = tracing::debug_span!("request", request_id = request.request_id);
         match self.start(request).instrument(span).await {
             Ok(started) => Ok(started.into_generation(metrics)),
             Err(error) => {
-                if let ApiError::Overloaded { .. } = error {
-                    // Refused before it had a place in the queue.
-                    metrics.scheduled();
-                }
                 metrics.finish(Outcome::from(&error));
                 Err(error)
             }
@@ -164,8 +160,11 @@ impl GenerationService {
     pub async fn detokenize(&self, token_ids: Vec<u32>) -> Result<String, ApiError> {
         let metrics = RequestMetrics::start(Endpoint::Detokenize);
         let Shared { model, pool, .. } = &*self.shared;
-        let vocab_size = model.info().vocab_size;
+        let (vocab_size, max_len) = (model.info().vocab_size, model.info().max_model_len as usize);
         let text = async {
+            if token_ids.len() > max_len {
+                return Err(invalid("tokens", format_args!("must hold at most {max_len} token ids")));
+            }
             if token_ids.iter().any(|id| *id >= vocab_size) {
                 return Err(invalid("tokens", format_args!("must hold token ids below {vocab_size}")));
             }

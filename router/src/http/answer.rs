@@ -28,7 +28,7 @@ pub(super) struct Head {
     pub(super) created: u64,
     pub(super) model: String,
     pub(super) fingerprint: String,
-    pub(super) seed: u64,
+    pub(super) seed: i64,
     /// Choices of each prompt.
     pub(super) num_choices: u32,
     pub(super) wants_logprobs: bool,
@@ -335,7 +335,7 @@ pub(super) struct Answer<'h> {
     created: u64,
     model: &'h str,
     system_fingerprint: &'h str,
-    seed: u64,
+    seed: i64,
     choices: Vec<ChoiceJson<'h>>,
     usage: UsageJson,
     #[serde(skip_serializing_if = "Option::is_none")]

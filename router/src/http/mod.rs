@@ -204,13 +204,13 @@ async fn read_json_body(request: Request, service: &GenerationService) -> Result
     }
 }
 
-/// Reads and drops what is left of a refused body, at most `limit` bytes: a client that is still writing when the
+/// Reads and drops what is left of a refused body, at most twice the `limit` of one: a client that is still writing when the
 /// connection closes would see a broken pipe and not the answer.
 async fn discard(stream: &mut BodyDataStream, limit: usize) {
     let mut dropped = 0;
     while let Some(Ok(data)) = stream.next().await {
         dropped += data.len();
-        if dropped > limit {
+        if dropped > limit.saturating_mul(2) {
             return;
         }
     }

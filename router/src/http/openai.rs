@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::detokenizer::SpecialTokenText;
 use crate::error::ApiError;
-use crate::generation::{GenerationRequest, GenerationService, Input, TokenInfo};
+use crate::generation::{GenerationParams, GenerationRequest, GenerationService, Input, TokenInfo};
 use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::random::random_seed;
 
@@ -47,6 +47,8 @@ pub(super) async fn completions(
             echo: match &prompt {
                 _ if !echo => None,
                 Prompt::Text(text) => Some(text.clone()),
+                // A longer prompt is refused; its text is not worth the time.
+                Prompt::TokenIds(ids) if ids.len() > service.model().info().max_model_len as usize => None,
                 Prompt::TokenIds(ids) => Some(service.model().table().decode(ids, SpecialTokenText::Written)),
             },
             input: prompt.into_input(add_special_tokens),
@@ -111,15 +113,28 @@ struct AnswerOptions {
 impl Job {
     async fn answer(self, prompts: Vec<JobPrompt>, options: AnswerOptions) -> Result<Response, Failure> {
         let Self { service, endpoint, shape, id, share, common } = self;
-        let Common { model, request_id, mut params, stream, return_token_ids, tokens_as_ids, ignored } = common;
+        let Common { model, request_id, params, stream, return_token_ids, tokens_as_ids, ignored } = common;
         let request_id = request_id.unwrap_or_else(|| id.0.to_string());
-        // One seed for all prompts, so that the answer can name it.
+        // One seed for the whole answer, so that the answer can name it; each prompt draws from its own, so that equal
+        // prompts do not get equal texts.
         let seed = match params.seed {
             Some(seed) if seed != -1 => seed,
             _ => random_seed() as i64,
         };
-        params.seed = Some(seed);
+        let seed_of = |index: usize| match seed.wrapping_add(index as i64) {
+            // -1 asks for any seed.
+            -1 => i64::MIN,
+            seed => seed,
+        };
 
+        // Checked before the list is copied for each prompt.
+        let vocab_size = service.model().info().vocab_size as usize;
+        if params.allowed_token_ids.as_ref().is_some_and(|ids| ids.len() > vocab_size) {
+            let message = format!("`allowed_token_ids` must hold at most {vocab_size} token ids");
+            let error = ApiError::InvalidRequest { param: Some("allowed_token_ids".into()), message };
+            RequestMetrics::start(endpoint).finish(Outcome::from(&error));
+            return Err(error.into());
+        }
         let num_choices = params.n.unwrap_or(1);
         let max_choices = service.limits().max_prompts as u64;
         if num_choices.saturating_mul(prompts.len() as u64) > max_choices && prompts.len() > 1 {
@@ -131,14 +146,14 @@ impl Job {
         let wants_logprobs = params.logprobs.is_some();
         let (inputs, echoes): (Vec<Input>, Vec<Option<String>>) =
             prompts.into_iter().map(|prompt| (prompt.input, prompt.echo)).unzip();
-        let started = inputs.into_iter().map(|input| {
+        let started = inputs.into_iter().enumerate().map(|(index, input)| {
             service.generate(GenerationRequest {
                 request_id: request_id.clone(),
                 endpoint,
                 tenant: TENANT,
                 model: model.clone(),
                 input,
-                params: params.clone(),
+                params: GenerationParams { seed: Some(seed_of(index)), ..params.clone() },
                 deadline: None,
             })
         });
@@ -169,7 +184,7 @@ impl Job {
             created: generations.first().map_or(0, |generation| generation.created),
             model: service.model().name().to_owned(),
             fingerprint: service.model().fingerprint().to_owned(),
-            seed: seed as u64,
+            seed,
             // `generate` refused what does not fit.
             num_choices: num_choices as u32,
             wants_logprobs,

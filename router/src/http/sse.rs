@@ -118,7 +118,7 @@ impl ChunkWriter {
             created: u64,
             model: &'h str,
             system_fingerprint: &'h str,
-            seed: u64,
+            seed: i64,
         }
         let mut prefix = b"data: ".to_vec();
         push_json(
