@@ -11,7 +11,7 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use quire_kernels::{DType, HostTensor};
+use quire_kernels::{DType, HostTensor, TensorFormat};
 use safetensors::{Dtype as FileDtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -32,7 +32,7 @@ const DUMMY_STD: f32 = 0.02;
 
 /// One tensor, its shape checked.
 pub(crate) struct Tensor<'a> {
-    dtype: DType,
+    format: TensorFormat,
     rows: usize,
     cols: usize,
     bytes: Cow<'a, [u8]>,
@@ -41,21 +41,14 @@ pub(crate) struct Tensor<'a> {
 impl Tensor<'_> {
     /// As the kernels take it.
     pub(crate) fn host(&self) -> HostTensor<'_> {
-        HostTensor { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes: &self.bytes }
+        HostTensor { format: self.format, rows: self.rows, cols: self.cols, bytes: &self.bytes }
     }
 
     /// Its values as `f32`, exactly.
     pub(crate) fn to_f32(&self) -> Vec<f32> {
-        let pairs = || self.bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
-        match self.dtype {
-            DType::Bf16 => pairs().map(|bits| bf16::from_bits(bits).to_f32()).collect(),
-            DType::F16 => pairs().map(|bits| f16::from_bits(bits).to_f32()).collect(),
-            DType::F32 | DType::U32 => self
-                .bytes
-                .chunks_exact(4)
-                .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-                .collect(),
-        }
+        let mut values = vec![0.0; self.rows * self.cols];
+        self.format.decode(&self.bytes, &mut values);
+        values
     }
 }
 
@@ -173,7 +166,7 @@ impl Weights {
         match &self.values {
             Values::Dummy { dtype, seed } => {
                 let bytes = Cow::Owned(draw(*seed, name, rows * cols, *dtype));
-                Ok(Tensor { dtype: *dtype, rows, cols, bytes })
+                Ok(Tensor { format: (*dtype).into(), rows, cols, bytes })
             }
             Values::Files { blobs, index } => {
                 let error = |why: String| EngineError::Tensor { name: name.to_owned(), why };
@@ -186,7 +179,7 @@ impl Weights {
                 entry.is_read.set(true);
                 // The header's check says that the range holds exactly what shape and type ask for.
                 let bytes = Cow::Borrowed(&blobs[entry.blob].bytes()[entry.range.clone()]);
-                Ok(Tensor { dtype, rows, cols, bytes })
+                Ok(Tensor { format: dtype.into(), rows, cols, bytes })
             }
         }
     }

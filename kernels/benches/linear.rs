@@ -9,7 +9,7 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use quire_kernels::cpu::{CpuBackend, CpuBuffer, CpuConfig, CpuWeight, peaks};
 use quire_kernels::ops::linear::{Epilogue, Linear};
 use quire_kernels::testing::Rng;
-use quire_kernels::{Backend, DType, HostTensor, WeightLayout, WeightSource};
+use quire_kernels::{Backend, DType, HostTensor, TensorFormat, WeightLayout, WeightSource};
 
 /// Output and input features: projections of a model of 0.5 billion parameters, and its vocabulary.
 const SHAPES: [(usize, usize); 4] = [(1152, 896), (9728, 896), (896, 4864), (151_936, 896)];
@@ -31,7 +31,7 @@ impl Case {
         let row: Vec<u8> =
             rng.normals(in_features).iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
         let bytes = row.repeat(out_features);
-        let part = HostTensor { dtype: DType::Bf16, rows: out_features, cols: in_features, bytes: &bytes };
+        let part = HostTensor { format: TensorFormat::Bf16, rows: out_features, cols: in_features, bytes: &bytes };
         let source = WeightSource { parts: vec![part], layout: WeightLayout::Stacked, dtype: DType::Bf16 };
         let weight = backend.pack_weight(&source).expect("memory");
         let mut x = backend.alloc(DType::F32, num_rows * in_features).expect("memory");

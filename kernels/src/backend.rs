@@ -1,14 +1,14 @@
 //! The line between models and devices.
 
-use crate::KernelError;
 use crate::kv_layout::KvLayout;
 use crate::ops::{
     embed::Embed, gather_rows::GatherRows, linear::Linear, logprobs::Logprobs, paged_attention::PagedAttention,
     rms_norm::RmsNorm, rope_kv_write::RopeKvWrite, rope_table::RopeTable, sample::Sample, sample::SamplerRow,
     sample::SamplerShape,
 };
+use crate::{KernelError, TensorFormat};
 
-/// Type of a number in a buffer, a weight or a file.
+/// Type of a number in a buffer or a packed weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     F32,
@@ -40,10 +40,11 @@ impl DType {
 /// A matrix as it lies in a file, row-major: `[rows, cols]`. A vector has one row.
 #[derive(Clone, Copy, Debug)]
 pub struct HostTensor<'a> {
-    pub dtype: DType,
+    pub format: TensorFormat,
     pub rows: usize,
+    /// A whole number of the format's blocks.
     pub cols: usize,
-    /// `rows * cols * dtype.size()` bytes, little-endian, any alignment.
+    /// `rows * format.row_bytes(cols)` bytes, little-endian, any alignment.
     pub bytes: &'a [u8],
 }
 

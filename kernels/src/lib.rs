@@ -6,9 +6,11 @@ pub mod cuda;
 pub mod error;
 pub mod kv_layout;
 pub mod ops;
+pub mod tensor_format;
 #[cfg(feature = "testing")]
 pub mod testing;
 
 pub use backend::{Backend, DType, DeviceInfo, HostTensor, WeightLayout, WeightSource};
 pub use error::KernelError;
 pub use kv_layout::KvLayout;
+pub use tensor_format::{GroupScale, TensorFormat};

@@ -2,7 +2,7 @@
 
 use quire_kernels::ops::embed::{Embed, reference};
 use quire_kernels::testing::{Rng, assert_same_bits, cpu_backends};
-use quire_kernels::{Backend, DType, HostTensor, KernelError, WeightLayout, WeightSource};
+use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightLayout, WeightSource};
 
 fn bytes_of(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
@@ -18,7 +18,7 @@ fn rows_come_out_as_they_were_packed() {
                 let numbers = rng.outliers(2 * vocab_size * hidden_size);
                 let bytes = bytes_of(&numbers);
                 let (first, second) = bytes.split_at(vocab_size * hidden_size * 4);
-                let part = |bytes| HostTensor { dtype: DType::F32, rows: vocab_size, cols: hidden_size, bytes };
+                let part = |bytes| HostTensor { format: TensorFormat::F32, rows: vocab_size, cols: hidden_size, bytes };
                 for layout in [WeightLayout::Stacked, WeightLayout::GateUp] {
                     let source = WeightSource { parts: vec![part(first), part(second)], layout, dtype };
                     let table = backend.pack_weight(&source).expect("a good source");
@@ -55,7 +55,7 @@ fn rows_come_out_as_they_were_packed() {
 fn wrong_arguments_are_named() {
     for mut backend in cpu_backends(&[2]) {
         let bytes = bytes_of(&[1.0; 12]);
-        let part = HostTensor { dtype: DType::F32, rows: 4, cols: 3, bytes: &bytes };
+        let part = HostTensor { format: TensorFormat::F32, rows: 4, cols: 3, bytes: &bytes };
         let source = WeightSource { parts: vec![part], layout: WeightLayout::Stacked, dtype: DType::Bf16 };
         let table = backend.pack_weight(&source).expect("a good source");
         let mut refuse = |tokens: &[u32], indices: &[u32], num_tokens, out_len, expected: KernelError| {

@@ -3,7 +3,7 @@
 use quire_kernels::cpu::{CpuBackend, CpuConfig, Isa};
 use quire_kernels::ops::linear::{Epilogue, Linear, reference};
 use quire_kernels::testing::{POISON, Rng, assert_same_bits, cpu_backends};
-use quire_kernels::{Backend, DType, HostTensor, KernelError, WeightLayout, WeightSource};
+use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightLayout, WeightSource};
 
 /// A matrix in a file's bytes, at an odd address.
 struct Matrix {
@@ -34,7 +34,7 @@ impl Matrix {
     }
 
     fn tensor(&self) -> HostTensor<'_> {
-        HostTensor { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes: &self.bytes[1..] }
+        HostTensor { format: self.dtype.into(), rows: self.rows, cols: self.cols, bytes: &self.bytes[1..] }
     }
 }
 
@@ -384,8 +384,12 @@ fn wrong_sources_are_named() {
             assert_eq!(backend.pack_weight(&source).map(|_| ()), Err(expected));
         };
         let bytes = [0; 64];
-        let part =
-            |rows: usize, cols: usize| HostTensor { dtype: DType::F32, rows, cols, bytes: &bytes[..rows * cols * 4] };
+        let part = |rows: usize, cols: usize| HostTensor {
+            format: TensorFormat::F32,
+            rows,
+            cols,
+            bytes: &bytes[..rows * cols * 4],
+        };
         let stacked = |parts| WeightSource { parts, layout: WeightLayout::Stacked, dtype: DType::F32 };
         let gate_up = |parts| WeightSource { parts, layout: WeightLayout::GateUp, dtype: DType::F32 };
         refuse(stacked(vec![]), shape("parts", 1, 0));
@@ -395,11 +399,14 @@ fn wrong_sources_are_named() {
         refuse(gate_up(vec![part(2, 3)]), shape("parts", 2, 1));
         refuse(gate_up(vec![part(2, 3), part(1, 3)]), shape("parts.rows", 2, 1));
         refuse(stacked(vec![HostTensor { bytes: &bytes[..23], ..part(2, 3) }]), shape("parts.bytes", 24, 23));
-        let huge = HostTensor { dtype: DType::F32, rows: usize::MAX, cols: 3, bytes: &bytes };
+        let huge = HostTensor { format: TensorFormat::F32, rows: usize::MAX, cols: 3, bytes: &bytes };
         refuse(stacked(vec![huge]), shape("parts.bytes", usize::MAX, 64));
         let found = |argument, found| KernelError::Type { op: "pack_weight", argument, found };
         refuse(WeightSource { dtype: DType::F16, ..stacked(vec![part(2, 3)]) }, found("dtype", "f16"));
-        refuse(stacked(vec![HostTensor { dtype: DType::U32, ..part(2, 3) }]), found("parts.dtype", "u32"));
+        let blocks = |rows, cols| HostTensor { format: TensorFormat::Q4_0, rows, cols, bytes: &bytes[..36] };
+        refuse(stacked(vec![blocks(1, 63)]), shape("parts.cols", 64, 63));
+        refuse(stacked(vec![blocks(1, 96)]), shape("parts.bytes", 54, 36));
+        refuse(stacked(vec![blocks(1, 64)]), found("parts.format", "Q4_0"));
     }
 }
 

@@ -62,16 +62,16 @@ impl WeightShape {
         let in_features = source.parts[0].cols;
         let mut out_features = 0_usize;
         for part in &source.parts {
-            if part.dtype == DType::U32 {
-                return Err(KernelError::Type { op, argument: "parts.dtype", found: part.dtype.name() });
-            }
             if part.cols != in_features || part.cols == 0 {
                 return shape_error("parts.cols", in_features.max(1), part.cols);
             }
             if part.rows == 0 || (source.layout == WeightLayout::GateUp && part.rows != source.parts[0].rows) {
                 return shape_error("parts.rows", source.parts[0].rows.max(1), part.rows);
             }
-            let num_bytes = part.rows.checked_mul(part.cols).and_then(|len| len.checked_mul(part.dtype.size()));
+            if !part.cols.is_multiple_of(part.format.block_len()) {
+                return shape_error("parts.cols", part.cols.next_multiple_of(part.format.block_len()), part.cols);
+            }
+            let num_bytes = part.format.row_bytes(part.cols).and_then(|row_bytes| row_bytes.checked_mul(part.rows));
             if num_bytes != Some(part.bytes.len()) {
                 return shape_error("parts.bytes", num_bytes.unwrap_or(usize::MAX), part.bytes.len());
             }

@@ -1,7 +1,7 @@
 //! The meaning of [`super::Linear`]: plain loops, sums in f64.
 
 use super::{Epilogue, WeightShape};
-use crate::{DType, HostTensor, WeightSource};
+use crate::{DType, WeightSource};
 
 /// Results, and how large the terms of each sum were, from which a test states how far rounding may carry a sum.
 pub struct LinearReference {
@@ -58,24 +58,15 @@ pub fn linear(
 
 /// The matrix as it is multiplied: rows of all parts in order, rounded to the packed type.
 pub fn weight_rows(source: &WeightSource<'_>) -> Vec<Vec<f64>> {
-    let number = |part, index| f64::from(round_to(source.dtype, number_at(part, index)));
     let mut rows = Vec::new();
     for part in &source.parts {
-        for row in 0..part.rows {
-            rows.push((0..part.cols).map(|col| number(part, row * part.cols + col)).collect());
+        let mut numbers = vec![0.0; part.cols];
+        for bytes in part.bytes.chunks_exact(part.bytes.len() / part.rows) {
+            part.format.decode(bytes, &mut numbers);
+            rows.push(numbers.iter().map(|&number| f64::from(round_to(source.dtype, number))).collect());
         }
     }
     rows
-}
-
-fn number_at(tensor: &HostTensor<'_>, index: usize) -> f32 {
-    let bytes = &tensor.bytes[index * tensor.dtype.size()..][..tensor.dtype.size()];
-    match tensor.dtype {
-        DType::F32 => f32::from_le_bytes(bytes.try_into().expect("four bytes")),
-        DType::Bf16 => half::bf16::from_le_bytes(bytes.try_into().expect("two bytes")).to_f32(),
-        DType::F16 => half::f16::from_le_bytes(bytes.try_into().expect("two bytes")).to_f32(),
-        DType::U32 => panic!("weights are no indices"),
-    }
 }
 
 fn round_to(dtype: DType, value: f32) -> f32 {

@@ -5,15 +5,13 @@
 //! other; of gate and up each panel takes `panel_width / 2` of the same outputs, gates in its lower lanes.
 //! Panel after panel is 64-byte aligned, in huge pages where the system has them.
 
-use half::slice::HalfFloatSliceExt;
-
 use super::tile::Kernel;
 use crate::cpu::buffer::AlignedBytes;
 use crate::cpu::lanes::bf16_bits;
 use crate::cpu::thread_pool::SharedMut;
 use crate::cpu::{CpuBackend, Isa};
 use crate::ops::linear::WeightShape;
-use crate::{DType, HostTensor, KernelError, WeightLayout, WeightSource};
+use crate::{DType, HostTensor, KernelError, TensorFormat, WeightLayout, WeightSource};
 
 /// Input features packed at a time: one panel's part of them (16 KiB in bf16) stays in the level-1 cache while the rows
 /// of the source pass. A multiple of 16.
@@ -123,6 +121,10 @@ pub(crate) fn weight_bytes(isa: Isa, out_features: usize, in_features: usize, dt
 /// but the packed matrix is allocated.
 pub(crate) fn pack_weight(backend: &mut CpuBackend, source: &WeightSource<'_>) -> Result<CpuWeight, KernelError> {
     let shape = WeightShape::of(source)?;
+    if let Some(part) = source.parts.iter().find(|part| !part.format.is_dense()) {
+        let op = "pack_weight";
+        return Err(KernelError::Type { op, argument: "parts.format", found: part.format.name() });
+    }
     let kernel = Kernel::new(backend.isa, shape.dtype);
     let num_bytes = weight_bytes(backend.isa, shape.out_features, shape.in_features, shape.dtype);
     backend.linear_workspace.reserve(&kernel, shape.in_features)?;
@@ -151,18 +153,19 @@ fn pack_panel(source: &WeightSource<'_>, shape: &WeightShape, width: usize, pane
         for segment in Segment::of_panel(shape, width, panel) {
             let rows = source.rows(segment.feature).take(segment.len);
             for (lane, (part, row)) in (segment.lane..).zip(rows) {
-                let bytes = &part.bytes[(row * part.cols + first) * part.dtype.size()..][..len * part.dtype.size()];
+                let number_bytes = part.format.block_bytes();
+                let bytes = &part.bytes[(row * part.cols + first) * number_bytes..][..len * number_bytes];
                 if shape.dtype == DType::Bf16 {
                     // An odd last feature has a zero for its neighbour.
                     bits[len..].fill(0);
-                    read_bf16(part.dtype, bytes, &mut bits[..len]);
+                    read_bf16(part.format, bytes, &mut bits[..len]);
                     let target = &mut target[first / 2 * width * 4..];
                     for (step, pair) in bits[..len.next_multiple_of(2)].chunks_exact(2).enumerate() {
                         let pair = u32::from(pair[0]) | u32::from(pair[1]) << 16;
                         target[(step * width + lane) * 4..][..4].copy_from_slice(&pair.to_ne_bytes());
                     }
                 } else {
-                    read_f32(part.dtype, bytes, &mut numbers[..len]);
+                    part.format.decode(bytes, &mut numbers[..len]);
                     let target = &mut target[first * width * 4..];
                     for (step, number) in numbers[..len].iter().enumerate() {
                         target[(step * width + lane) * 4..][..4].copy_from_slice(&number.to_ne_bytes());
@@ -174,43 +177,18 @@ fn pack_panel(source: &WeightSource<'_>, shape: &WeightShape, width: usize, pane
 }
 
 /// Numbers of a file as bf16 bits, rounded half to even.
-fn read_bf16(dtype: DType, bytes: &[u8], out: &mut [u16]) {
-    if dtype == DType::Bf16 {
+fn read_bf16(format: TensorFormat, bytes: &[u8], out: &mut [u16]) {
+    if format == TensorFormat::Bf16 {
         for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(2)) {
             *out = u16::from_le_bytes([bytes[0], bytes[1]]);
         }
     } else {
         let mut numbers = [0.0; PACK_BLOCK];
         let numbers = &mut numbers[..out.len()];
-        read_f32(dtype, bytes, numbers);
+        format.decode(bytes, numbers);
         for (out, &number) in out.iter_mut().zip(&*numbers) {
             *out = bf16_bits(number);
         }
-    }
-}
-
-/// Numbers of a file as f32.
-fn read_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        DType::F32 => {
-            for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *out = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-            }
-        }
-        DType::Bf16 => {
-            for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *out = f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16);
-            }
-        }
-        DType::F16 => {
-            let mut halves = [half::f16::ZERO; PACK_BLOCK];
-            let halves = &mut halves[..out.len()];
-            for (half, bytes) in halves.iter_mut().zip(bytes.chunks_exact(2)) {
-                *half = half::f16::from_le_bytes([bytes[0], bytes[1]]);
-            }
-            halves.convert_to_f32_slice(out);
-        }
-        DType::U32 => unreachable!("refused by WeightShape::of"),
     }
 }
 
@@ -258,7 +236,7 @@ mod tests {
 
     #[test]
     fn rows_go_through_parts_in_order() {
-        let part = |rows| HostTensor { dtype: DType::F32, rows, cols: 1, bytes: &[] };
+        let part = |rows| HostTensor { format: TensorFormat::F32, rows, cols: 1, bytes: &[] };
         let parts = vec![part(2), part(1), part(3)];
         let source = WeightSource { parts, layout: WeightLayout::Stacked, dtype: DType::F32 };
         let all = [(2, 0), (2, 1), (1, 0), (3, 0), (3, 1), (3, 2)];
