@@ -81,7 +81,9 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Bytes of the whole KV cache.
     pub kv_cache_bytes: u64,
-    /// What weights and cache are stored as.
+    /// What most weights are stored as: `f32`, `bf16`, `int8`, `int4`.
+    pub weight_format: &'static str,
+    /// What the cache is stored as, and weights that are not quantized.
     pub dtype: &'static str,
     /// Where the model computes.
     pub device: quire_kernels::DeviceInfo,

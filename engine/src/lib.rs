@@ -28,7 +28,9 @@ mod step_loop;
 pub mod testing;
 mod weights;
 
-pub use config::{DTypeChoice, DeviceChoice, EngineConfig, LoadFormat, PolicyChoice, SchedulerSettings};
+pub use config::{
+    DTypeChoice, DeviceChoice, EngineConfig, LoadFormat, PolicyChoice, QuantizeChoice, SchedulerSettings,
+};
 pub use error::{EngineError, SubmitError};
 pub use executor::Executor;
 pub use handle::{EngineHandle, EngineHealth, MAX_LOGPROBS, ModelInfo, Submission, TokenEvent, TokenStream};

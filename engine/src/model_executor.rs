@@ -18,7 +18,7 @@ use crate::handle::{MAX_LOGPROBS, ModelInfo};
 use crate::input_batch::{InputBatch, TableShape};
 use crate::kv_cache::{self, Budget, KvPlan};
 use crate::models::config::{ModelConfig, generation_eos};
-use crate::models::decoder::{Decoder, EMBEDDING, LOGITS_TILE, StepInputs};
+use crate::models::decoder::{Decoder, EMBEDDING, LOGITS_TILE, StepInputs, WeightChoice};
 use crate::sampler::SamplerRows;
 use crate::source::ModelSource;
 use crate::weights::{self, Weights};
@@ -120,6 +120,7 @@ impl<B: Backend> ModelExecutor<B> {
             }
         };
         let dtype = dtype(engine.dtype, weights.dtype_of(EMBEDDING).or(config.dtype));
+        let choice = WeightChoice { dtype, quantize: engine.quantize };
         let mut eos_token_ids = match weights::read_config(source, "generation_config.json")? {
             Some(json) => generation_eos(&json)?,
             None => Vec::new(),
@@ -137,7 +138,7 @@ impl<B: Backend> ModelExecutor<B> {
         crate::scheduler_config(plan.max_model_len, settings, plan.groups).validate()?;
         let windows = plan.windows;
         let max_num_tokens = settings.max_num_batched_tokens as usize;
-        let decoder = Decoder::load(&mut backend, config, &weights, dtype, max_num_tokens, &windows)?;
+        let decoder = Decoder::load(&mut backend, config, &weights, choice, max_num_tokens, &windows)?;
         let digest = weights.digest();
         drop(weights);
         let free = kv_cache::free_memory();
@@ -173,6 +174,7 @@ impl<B: Backend> ModelExecutor<B> {
             num_parameters: decoder.size().num_parameters,
             weight_bytes: decoder.size().weight_bytes,
             kv_cache_bytes: kv_plan.total_bytes(),
+            weight_format: decoder.size().format,
             dtype: dtype.name(),
             device: backend.info(),
             device_note,

@@ -314,6 +314,7 @@ pub fn fake_model(vocab_size: u32) -> ModelInfo {
         num_parameters: 0,
         weight_bytes: 0,
         kv_cache_bytes: 0,
+        weight_format: "f32",
         dtype: "f32",
         device: DeviceInfo { kind: "cpu", name: "fake".to_owned(), isa: "none".to_owned(), num_units: 1 },
         device_note: None,

@@ -1,12 +1,13 @@
 //! The line between models and devices.
 
 use crate::kv_layout::KvLayout;
+use crate::ops::linear::WeightShape;
 use crate::ops::{
     embed::Embed, gather_rows::GatherRows, linear::Linear, logprobs::Logprobs, paged_attention::PagedAttention,
     rms_norm::RmsNorm, rope_kv_write::RopeKvWrite, rope_table::RopeTable, sample::Sample, sample::SamplerRow,
     sample::SamplerShape,
 };
-use crate::{KernelError, TensorFormat};
+use crate::{KernelError, TensorFormat, WeightFormat};
 
 /// Type of a number in a buffer or a packed weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -64,8 +65,8 @@ pub struct WeightSource<'a> {
     /// All with the same number of columns (`in_features`).
     pub parts: Vec<HostTensor<'a>>,
     pub layout: WeightLayout,
-    /// What the packed weight is stored and multiplied as: `F32` or `Bf16`.
-    pub dtype: DType,
+    /// What the packed weight is stored and multiplied as.
+    pub format: WeightFormat,
 }
 
 /// What a device is, for log lines and reports.
@@ -116,7 +117,7 @@ pub trait Backend: Send + Sized + 'static {
     /// Packs a matrix for [`Backend::linear`] and [`Backend::embed`].
     fn pack_weight(&mut self, source: &WeightSource<'_>) -> Result<Self::Weight, KernelError>;
     /// Bytes that a packed matrix of this shape takes, for the memory plan.
-    fn weight_bytes(&self, out_features: usize, in_features: usize, dtype: DType) -> usize;
+    fn weight_bytes(&self, shape: &WeightShape) -> usize;
     /// One KV group's cache.
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<Self::Kv, KernelError>;
     /// The sampler's tables for so many rows.

@@ -9,8 +9,10 @@ pub mod ops;
 pub mod tensor_format;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod weight_format;
 
 pub use backend::{Backend, DType, DeviceInfo, HostTensor, WeightLayout, WeightSource};
 pub use error::KernelError;
 pub use kv_layout::KvLayout;
 pub use tensor_format::{GroupScale, TensorFormat};
+pub use weight_format::WeightFormat;

@@ -17,7 +17,7 @@ const K_SCALES_LEN: usize = 12;
 
 /// What the codes of `IQ4_NL` stand for.
 const IQ4_NL_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
-const IQ4_NL_CODES: [u8; 16] = {
+pub(crate) const IQ4_NL_CODES: [u8; 16] = {
     let mut codes = [0; 16];
     let mut i = 0;
     while i < codes.len() {

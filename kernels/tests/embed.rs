@@ -2,7 +2,8 @@
 
 use quire_kernels::ops::embed::{Embed, reference};
 use quire_kernels::testing::{Rng, assert_same_bits, cpu_backends};
-use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightLayout, WeightSource};
+use quire_kernels::weight_format::{Codes, Grouping};
+use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
 
 fn bytes_of(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
@@ -12,7 +13,15 @@ fn bytes_of(numbers: &[f32]) -> Vec<u8> {
 fn rows_come_out_as_they_were_packed() {
     let mut rng = Rng::new(1);
     for mut backend in cpu_backends(&[1, 3]) {
-        for dtype in [DType::F32, DType::Bf16] {
+        let short = Grouping { codes: Codes::Int8, group_len: 32, has_min: true };
+        let formats = [
+            WeightFormat::F32,
+            WeightFormat::Bf16,
+            WeightFormat::int8(128),
+            WeightFormat::Grouped(short),
+            WeightFormat::int4(),
+        ];
+        for format in formats {
             for (vocab_size, hidden_size) in [(1, 1), (130, 7), (64, 64), (200, 129)] {
                 // Two parts, as where added tokens follow a vocabulary.
                 let numbers = rng.outliers(2 * vocab_size * hidden_size);
@@ -20,7 +29,7 @@ fn rows_come_out_as_they_were_packed() {
                 let (first, second) = bytes.split_at(vocab_size * hidden_size * 4);
                 let part = |bytes| HostTensor { format: TensorFormat::F32, rows: vocab_size, cols: hidden_size, bytes };
                 for layout in [WeightLayout::Stacked, WeightLayout::GateUp] {
-                    let source = WeightSource { parts: vec![part(first), part(second)], layout, dtype };
+                    let source = WeightSource { parts: vec![part(first), part(second)], layout, format };
                     let table = backend.pack_weight(&source).expect("a good source");
                     let tokens: Vec<u32> = (0..50).map(|_| rng.below(2 * vocab_size) as u32).collect();
                     for num_tokens in [0, 1, 4, 5, 33] {
@@ -56,7 +65,7 @@ fn wrong_arguments_are_named() {
     for mut backend in cpu_backends(&[2]) {
         let bytes = bytes_of(&[1.0; 12]);
         let part = HostTensor { format: TensorFormat::F32, rows: 4, cols: 3, bytes: &bytes };
-        let source = WeightSource { parts: vec![part], layout: WeightLayout::Stacked, dtype: DType::Bf16 };
+        let source = WeightSource { parts: vec![part], layout: WeightLayout::Stacked, format: WeightFormat::Bf16 };
         let table = backend.pack_weight(&source).expect("a good source");
         let mut refuse = |tokens: &[u32], indices: &[u32], num_tokens, out_len, expected: KernelError| {
             let mut token_table = backend.alloc(DType::U32, tokens.len()).expect("small");

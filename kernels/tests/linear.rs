@@ -1,49 +1,68 @@
 //! `linear` on every backend against its reference, and its promise that a row's bits depend on nothing but the row.
 
 use quire_kernels::cpu::{CpuBackend, CpuConfig, Isa};
-use quire_kernels::ops::linear::{Epilogue, Linear, reference};
+use quire_kernels::ops::linear::{Epilogue, Linear, WeightShape, reference};
 use quire_kernels::testing::{POISON, Rng, assert_same_bits, cpu_backends};
-use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightLayout, WeightSource};
+use quire_kernels::weight_format::{Codes, Grouping};
+use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
 
 /// A matrix in a file's bytes, at an odd address.
 struct Matrix {
-    dtype: DType,
+    format: TensorFormat,
     rows: usize,
     cols: usize,
     bytes: Vec<u8>,
 }
 
 impl Matrix {
-    fn new(dtype: DType, rows: usize, cols: usize, numbers: &[f32]) -> Self {
+    fn new(format: TensorFormat, rows: usize, cols: usize, numbers: &[f32]) -> Self {
         assert_eq!(numbers.len(), rows * cols);
         let mut bytes = vec![0];
         for &number in numbers {
-            match dtype {
-                DType::F32 => bytes.extend(number.to_le_bytes()),
-                DType::Bf16 => bytes.extend(half::bf16::from_f32(number).to_le_bytes()),
-                DType::F16 => bytes.extend(half::f16::from_f32(number).to_le_bytes()),
-                DType::U32 => bytes.extend((number as u32).to_le_bytes()),
+            match format {
+                TensorFormat::F32 => bytes.extend(number.to_le_bytes()),
+                TensorFormat::Bf16 => bytes.extend(half::bf16::from_f32(number).to_le_bytes()),
+                TensorFormat::F16 => bytes.extend(half::f16::from_f32(number).to_le_bytes()),
+                _ => panic!("{} is no dense format", format.name()),
             }
         }
-        Self { dtype, rows, cols, bytes }
+        Self { format, rows, cols, bytes }
     }
 
-    fn random(rng: &mut Rng, dtype: DType, rows: usize, cols: usize) -> Self {
+    fn random(rng: &mut Rng, format: TensorFormat, rows: usize, cols: usize) -> Self {
         let numbers: Vec<f32> = rng.normals(rows * cols).iter().map(|x| x * 0.1).collect();
-        Self::new(dtype, rows, cols, &numbers)
+        Self::new(format, rows, cols, &numbers)
+    }
+
+    /// Blocks of any codes, with scales and minima (both f16, at `scale_places` of a block) below 0.1.
+    fn random_blocks(rng: &mut Rng, format: TensorFormat, rows: usize, cols: usize) -> Self {
+        let scale_places: &[usize] = match format {
+            TensorFormat::Q4_1 | TensorFormat::Q5_1 | TensorFormat::Q4K | TensorFormat::Q5K => &[0, 2],
+            TensorFormat::Q6K => &[208],
+            _ => &[0],
+        };
+        let num_bytes = rows * format.row_bytes(cols).expect("whole blocks");
+        let mut bytes: Vec<u8> = (0..=num_bytes).map(|_| rng.below(256) as u8).collect();
+        for block in bytes[1..].chunks_exact_mut(format.block_bytes()) {
+            for &place in scale_places {
+                let scale = half::f16::from_f32(0.1 * (rng.below(2001) as f32 / 1000.0 - 1.0));
+                block[place..place + 2].copy_from_slice(&scale.to_le_bytes());
+            }
+        }
+        Self { format, rows, cols, bytes }
     }
 
     fn tensor(&self) -> HostTensor<'_> {
-        HostTensor { format: self.dtype.into(), rows: self.rows, cols: self.cols, bytes: &self.bytes[1..] }
+        HostTensor { format: self.format, rows: self.rows, cols: self.cols, bytes: &self.bytes[1..] }
     }
 }
 
-fn stacked(matrices: &[Matrix], dtype: DType) -> WeightSource<'_> {
-    WeightSource { parts: matrices.iter().map(Matrix::tensor).collect(), layout: WeightLayout::Stacked, dtype }
+fn stacked(matrices: &[Matrix], format: WeightFormat) -> WeightSource<'_> {
+    WeightSource { parts: matrices.iter().map(Matrix::tensor).collect(), layout: WeightLayout::Stacked, format }
 }
 
-fn gate_up(matrices: &[Matrix], dtype: DType) -> WeightSource<'_> {
-    WeightSource { layout: WeightLayout::GateUp, ..stacked(matrices, dtype) }
+fn gate_up(matrices: &[Matrix], format: WeightFormat) -> WeightSource<'_> {
+    WeightSource { layout: WeightLayout::GateUp, ..stacked(matrices, format) }
 }
 
 fn buffer<B: Backend>(backend: &mut B, numbers: &[f32]) -> B::Buffer {
@@ -122,24 +141,42 @@ fn check(
             "{:?} {:?} [{num_rows}, {in_features}] x [{out_features}, {in_features}], {epilogue:?}: \
              [{row}, {col}] is {actual:e}, expected {wanted:e}, off by {error:e}, allowed {allowed:e}",
             backend.isa(),
-            source.dtype,
+            source.format,
         );
     }
 }
 
-const WEIGHT_TYPES: [DType; 2] = [DType::F32, DType::Bf16];
+const fn grouped(codes: Codes, group_len: usize, has_min: bool) -> WeightFormat {
+    WeightFormat::Grouped(Grouping { codes, group_len, has_min })
+}
+
+/// All that numbers can be rounded to when they are packed.
+const FORMATS: [WeightFormat; 7] = [
+    WeightFormat::F32,
+    WeightFormat::Bf16,
+    grouped(Codes::Int8, 128, false),
+    grouped(Codes::Int8, 32, false),
+    grouped(Codes::Int8, 32, true),
+    grouped(Codes::Int4, 32, false),
+    grouped(Codes::Int4, 32, true),
+];
+
+/// What a file would hold of it.
+fn file_format(format: WeightFormat) -> TensorFormat {
+    if format == WeightFormat::F32 { TensorFormat::F32 } else { TensorFormat::Bf16 }
+}
 
 #[test]
 fn every_shape_is_near_the_reference() {
     let mut rng = Rng::new(1);
     for mut backend in cpu_backends(&[2]) {
-        for dtype in WEIGHT_TYPES {
+        for format in FORMATS {
             for in_features in [1, 2, 3, 31, 64, 65, 896] {
                 for out_features in [1, 15, 16, 17, 63, 64, 65, 200] {
-                    let matrix = [Matrix::random(&mut rng, dtype, out_features, in_features)];
+                    let matrix = [Matrix::random(&mut rng, file_format(format), out_features, in_features)];
                     for num_rows in [1, 2, 5, 6, 7, 13] {
                         let x = rng.normals(num_rows * in_features);
-                        check(&mut backend, &stacked(&matrix, dtype), &x, num_rows, None, Epilogue::Store);
+                        check(&mut backend, &stacked(&matrix, format), &x, num_rows, None, Epilogue::Store);
                     }
                 }
             }
@@ -151,15 +188,15 @@ fn every_shape_is_near_the_reference() {
 fn long_sums_and_many_rows_are_near_the_reference() {
     let mut rng = Rng::new(2);
     for mut backend in cpu_backends(&[3]) {
-        for dtype in WEIGHT_TYPES {
+        for format in FORMATS {
             for (num_rows, in_features, out_features) in
                 [(1, 4864, 130), (9, 4865, 70), (70, 1025, 65), (193, 2049, 20), (513, 100, 70), (1025, 33, 5)]
             {
-                let matrix = [Matrix::random(&mut rng, dtype, out_features, in_features)];
+                let matrix = [Matrix::random(&mut rng, file_format(format), out_features, in_features)];
                 let x = rng.outliers(num_rows * in_features);
                 let bias = rng.normals(out_features);
                 for epilogue in [Epilogue::Store, Epilogue::Add] {
-                    check(&mut backend, &stacked(&matrix, dtype), &x, num_rows, Some(&bias), epilogue);
+                    check(&mut backend, &stacked(&matrix, format), &x, num_rows, Some(&bias), epilogue);
                 }
             }
         }
@@ -170,15 +207,15 @@ fn long_sums_and_many_rows_are_near_the_reference() {
 fn parts_of_every_type_are_stacked() {
     let mut rng = Rng::new(3);
     for mut backend in cpu_backends(&[2]) {
-        for dtype in WEIGHT_TYPES {
+        for format in FORMATS {
             let parts = [
-                Matrix::random(&mut rng, DType::F16, 40, 77),
-                Matrix::random(&mut rng, DType::F32, 1, 77),
-                Matrix::random(&mut rng, DType::Bf16, 90, 77),
+                Matrix::random(&mut rng, TensorFormat::F16, 40, 77),
+                Matrix::random(&mut rng, TensorFormat::F32, 1, 77),
+                Matrix::random(&mut rng, TensorFormat::Bf16, 90, 77),
             ];
             let x = rng.normals(8 * 77);
             let bias = rng.normals(131);
-            check(&mut backend, &stacked(&parts, dtype), &x, 8, Some(&bias), Epilogue::Add);
+            check(&mut backend, &stacked(&parts, format), &x, 8, Some(&bias), Epilogue::Add);
         }
     }
 }
@@ -187,19 +224,19 @@ fn parts_of_every_type_are_stacked() {
 fn gate_and_up_meet() {
     let mut rng = Rng::new(4);
     for mut backend in cpu_backends(&[2]) {
-        for dtype in WEIGHT_TYPES {
+        for format in FORMATS {
             for (num_rows, in_features, num_outputs) in
                 [(1, 64, 1), (3, 65, 31), (8, 100, 32), (20, 896, 33), (7, 1500, 150)]
             {
                 let parts = [
-                    Matrix::random(&mut rng, DType::Bf16, num_outputs, in_features),
-                    Matrix::random(&mut rng, DType::F32, num_outputs, in_features),
+                    Matrix::random(&mut rng, TensorFormat::Bf16, num_outputs, in_features),
+                    Matrix::random(&mut rng, TensorFormat::F32, num_outputs, in_features),
                 ];
                 let x = rng.normals(num_rows * in_features);
                 let bias = rng.normals(2 * num_outputs);
                 for bias in [None, Some(&bias[..])] {
                     for epilogue in [Epilogue::SwiGlu, Epilogue::Store, Epilogue::Add] {
-                        check(&mut backend, &gate_up(&parts, dtype), &x, num_rows, bias, epilogue);
+                        check(&mut backend, &gate_up(&parts, format), &x, num_rows, bias, epilogue);
                     }
                 }
             }
@@ -210,8 +247,8 @@ fn gate_and_up_meet() {
 #[test]
 fn swiglu_of_large_gates_has_no_overflow() {
     for mut backend in cpu_backends(&[1]) {
-        let parts = [Matrix::new(DType::F32, 1, 1, &[1.0]), Matrix::new(DType::F32, 1, 1, &[1.0])];
-        let weight = backend.pack_weight(&gate_up(&parts, DType::F32)).expect("a good source");
+        let parts = [Matrix::new(TensorFormat::F32, 1, 1, &[1.0]), Matrix::new(TensorFormat::F32, 1, 1, &[1.0])];
+        let weight = backend.pack_weight(&gate_up(&parts, WeightFormat::F32)).expect("a good source");
         let x = [-1e4, -100.0, -80.0, 0.0, 80.0, 1e4];
         let out = run(&mut backend, &weight, &x, 6, None, Epilogue::SwiGlu, &[0.0; 6]);
         assert_eq!(out, [0.0, 0.0, out[2], 0.0, 6400.0, 1e8], "{:?}", backend.isa());
@@ -223,9 +260,9 @@ fn swiglu_of_large_gates_has_no_overflow() {
 fn special_numbers_stay_in_their_row() {
     let mut rng = Rng::new(6);
     for mut backend in cpu_backends(&[2]) {
-        for dtype in WEIGHT_TYPES {
-            let matrix = [Matrix::random(&mut rng, dtype, 70, 67)];
-            let weight = backend.pack_weight(&stacked(&matrix, dtype)).expect("a good source");
+        for format in FORMATS {
+            let matrix = [Matrix::random(&mut rng, file_format(format), 70, 67)];
+            let weight = backend.pack_weight(&stacked(&matrix, format)).expect("a good source");
             let mut x = rng.normals(9 * 67);
             let clean = run(&mut backend, &weight, &x, 9, None, Epilogue::Store, &[0.0; 9 * 70]);
             x[3 * 67 + 5] = f32::NAN;
@@ -251,7 +288,7 @@ fn a_row_has_the_same_bits_in_every_batch() {
         let mut backends: Vec<CpuBackend> = [1, 2, 3]
             .map(|num_threads| CpuBackend::new(CpuConfig { num_threads, isa: Some(isa) }).expect("available"))
             .into();
-        for dtype in WEIGHT_TYPES {
+        for format in FORMATS {
             for (in_features, layout, epilogue) in [
                 (131, WeightLayout::Stacked, Epilogue::Add),
                 (2100, WeightLayout::Stacked, Epilogue::Store),
@@ -259,10 +296,10 @@ fn a_row_has_the_same_bits_in_every_batch() {
             ] {
                 let mut rng = Rng::new(7);
                 let parts = [
-                    Matrix::random(&mut rng, dtype, 70, in_features),
-                    Matrix::random(&mut rng, dtype, 70, in_features),
+                    Matrix::random(&mut rng, file_format(format), 70, in_features),
+                    Matrix::random(&mut rng, file_format(format), 70, in_features),
                 ];
-                let source = WeightSource { layout, ..stacked(&parts, dtype) };
+                let source = WeightSource { layout, ..stacked(&parts, format) };
                 let out_cols = if layout == WeightLayout::GateUp { 70 } else { 140 };
                 let x = rng.outliers(MAX_ROWS * in_features);
                 let bias = rng.normals(140);
@@ -292,9 +329,9 @@ fn a_row_has_the_same_bits_in_every_batch() {
 fn a_row_has_the_same_bits_in_large_batches() {
     let mut rng = Rng::new(8);
     for mut backend in cpu_backends(&[1, 3]) {
-        for dtype in WEIGHT_TYPES {
-            let matrix = [Matrix::random(&mut rng, dtype, 66, 1100)];
-            let weight = backend.pack_weight(&stacked(&matrix, dtype)).expect("a good source");
+        for format in FORMATS {
+            let matrix = [Matrix::random(&mut rng, file_format(format), 66, 1100)];
+            let weight = backend.pack_weight(&stacked(&matrix, format)).expect("a good source");
             let row = rng.outliers(1100);
             let alone = run(&mut backend, &weight, &row, 1, None, Epilogue::Store, &[0.0; 66]);
             for num_rows in [192, 193, 513, 1025, 2100] {
@@ -319,12 +356,12 @@ fn a_row_has_the_same_bits_in_large_batches() {
 #[test]
 fn f32_weights_have_the_same_bits_on_every_vector_unit() {
     let mut rng = Rng::new(9);
-    let matrix = [Matrix::random(&mut rng, DType::F32, 70, 300)];
+    let matrix = [Matrix::random(&mut rng, TensorFormat::F32, 70, 300)];
     let x = rng.normals(5 * 300);
     let mut results = Vec::new();
     for mut backend in cpu_backends(&[1]) {
         if backend.isa() > Isa::Portable {
-            let weight = backend.pack_weight(&stacked(&matrix, DType::F32)).expect("a good source");
+            let weight = backend.pack_weight(&stacked(&matrix, WeightFormat::F32)).expect("a good source");
             results.push(run(&mut backend, &weight, &x, 5, None, Epilogue::Store, &[0.0; 5 * 70]));
         }
     }
@@ -334,8 +371,8 @@ fn f32_weights_have_the_same_bits_on_every_vector_unit() {
 #[test]
 fn no_rows_is_nothing_to_do() {
     for mut backend in cpu_backends(&[2]) {
-        let matrix = [Matrix::new(DType::F32, 1, 2, &[1.0, 2.0])];
-        let weight = backend.pack_weight(&stacked(&matrix, DType::Bf16)).expect("a good source");
+        let matrix = [Matrix::new(TensorFormat::F32, 1, 2, &[1.0, 2.0])];
+        let weight = backend.pack_weight(&stacked(&matrix, WeightFormat::Bf16)).expect("a good source");
         assert!(run(&mut backend, &weight, &[], 0, None, Epilogue::Store, &[]).is_empty());
     }
 }
@@ -344,8 +381,8 @@ fn no_rows_is_nothing_to_do() {
 fn wrong_arguments_are_named() {
     let shape = |op, argument, expected, found| KernelError::Shape { op, argument, expected, found };
     for mut backend in cpu_backends(&[1]) {
-        let good = Matrix::new(DType::F32, 3, 2, &[1.0; 6]);
-        let weight = backend.pack_weight(&stacked(std::slice::from_ref(&good), DType::Bf16)).expect("good");
+        let good = Matrix::new(TensorFormat::F32, 3, 2, &[1.0; 6]);
+        let weight = backend.pack_weight(&stacked(std::slice::from_ref(&good), WeightFormat::Bf16)).expect("good");
         let mut refuse = |num_rows, x_len, bias_len: Option<usize>, epilogue, out_len, expected: KernelError| {
             let x = backend.alloc(DType::F32, x_len).expect("small");
             let bias = bias_len.map(|len| backend.alloc(DType::F32, len).expect("small"));
@@ -390,8 +427,8 @@ fn wrong_sources_are_named() {
             cols,
             bytes: &bytes[..rows * cols * 4],
         };
-        let stacked = |parts| WeightSource { parts, layout: WeightLayout::Stacked, dtype: DType::F32 };
-        let gate_up = |parts| WeightSource { parts, layout: WeightLayout::GateUp, dtype: DType::F32 };
+        let stacked = |parts| WeightSource { parts, layout: WeightLayout::Stacked, format: WeightFormat::F32 };
+        let gate_up = |parts| WeightSource { parts, layout: WeightLayout::GateUp, format: WeightFormat::F32 };
         refuse(stacked(vec![]), shape("parts", 1, 0));
         refuse(stacked(vec![part(2, 3), part(2, 4)]), shape("parts.cols", 3, 4));
         refuse(stacked(vec![part(2, 0)]), shape("parts.cols", 1, 0));
@@ -402,26 +439,111 @@ fn wrong_sources_are_named() {
         let huge = HostTensor { format: TensorFormat::F32, rows: usize::MAX, cols: 3, bytes: &bytes };
         refuse(stacked(vec![huge]), shape("parts.bytes", usize::MAX, 64));
         let found = |argument, found| KernelError::Type { op: "pack_weight", argument, found };
-        refuse(WeightSource { dtype: DType::F16, ..stacked(vec![part(2, 3)]) }, found("dtype", "f16"));
+        let as_format = |format, parts| WeightSource { format, ..stacked(parts) };
+        refuse(as_format(grouped(Codes::Int4, 128, false), vec![part(2, 3)]), found("format", "int4"));
+        refuse(as_format(grouped(Codes::Int8, 128, true), vec![part(2, 3)]), found("format", "int8"));
+        refuse(as_format(grouped(Codes::Iq4Nl, 32, false), vec![part(2, 3)]), found("parts.format", "F32"));
         let blocks = |rows, cols| HostTensor { format: TensorFormat::Q4_0, rows, cols, bytes: &bytes[..36] };
         refuse(stacked(vec![blocks(1, 63)]), shape("parts.cols", 64, 63));
         refuse(stacked(vec![blocks(1, 96)]), shape("parts.bytes", 54, 36));
-        refuse(stacked(vec![blocks(1, 64)]), found("parts.format", "Q4_0"));
     }
 }
 
 #[test]
 fn packed_bytes_are_as_foretold() {
     for backend in cpu_backends(&[1]) {
-        for (out_features, in_features) in [(1, 1), (64, 64), (65, 3), (200, 896)] {
-            for dtype in WEIGHT_TYPES {
-                let least = out_features * in_features * dtype.size();
-                let bytes = backend.weight_bytes(out_features, in_features, dtype);
+        for (out_features, in_features) in [(1, 1), (64, 64), (65, 3), (200, 896), (128, 256)] {
+            // Bits of a weight beside its scales.
+            for (format, bits) in FORMATS.into_iter().zip([32, 16, 8, 8, 8, 4, 4]) {
+                let shape = WeightShape { out_features, in_features, layout: WeightLayout::Stacked, format };
+                let least = out_features * in_features * bits / 8;
+                let bytes = backend.weight_bytes(&shape);
                 assert!(bytes >= least && bytes % 64 == 0);
-                if out_features % 64 == 0 && in_features % 2 == 0 {
-                    assert_eq!(bytes, least);
+                if out_features % 64 == 0 && in_features % 128 == 0 {
+                    let num_scales = match format {
+                        WeightFormat::Grouped(Grouping { group_len, has_min, .. }) => {
+                            out_features * in_features / group_len * if has_min { 2 } else { 1 }
+                        }
+                        _ => 0,
+                    };
+                    let scale_size = if backend.isa() == Isa::Avx512 { 2 } else { 4 };
+                    assert_eq!(bytes, least + num_scales * scale_size);
                 }
             }
         }
+    }
+}
+
+/// The block formats of files.
+const BLOCKS: [TensorFormat; 9] = [
+    TensorFormat::Q8_0,
+    TensorFormat::Q4_0,
+    TensorFormat::Q4_1,
+    TensorFormat::Q5_0,
+    TensorFormat::Q5_1,
+    TensorFormat::Q4K,
+    TensorFormat::Q5K,
+    TensorFormat::Q6K,
+    TensorFormat::Iq4Nl,
+];
+
+#[test]
+fn blocks_of_files_are_multiplied_as_they_are() {
+    let mut rng = Rng::new(10);
+    for mut backend in cpu_backends(&[2]) {
+        for block in BLOCKS {
+            for (num_rows, in_features, out_features) in [(1, 256, 70), (3, 768, 64), (14, 1536, 33), (30, 256, 200)] {
+                let matrix = [Matrix::random_blocks(&mut rng, block, out_features, in_features)];
+                let format = WeightFormat::of_blocks(&[matrix[0].tensor()]).expect("blocks");
+                let x = rng.outliers(num_rows * in_features);
+                check(&mut backend, &stacked(&matrix, format), &x, num_rows, None, Epilogue::Store);
+            }
+            let parts = [block; 2].map(|block| Matrix::random_blocks(&mut rng, block, 40, 512));
+            let format = WeightFormat::of_blocks(&[parts[0].tensor(), parts[1].tensor()]).expect("blocks");
+            check(&mut backend, &gate_up(&parts, format), &rng.normals(5 * 512), 5, None, Epilogue::SwiGlu);
+        }
+    }
+}
+
+/// But for scales rounded to f16, and `Q6_K`, whose 16 weights of a scale are rounded once more.
+#[test]
+fn blocks_of_files_keep_their_values() {
+    let mut rng = Rng::new(11);
+    for block in BLOCKS {
+        let matrix = [Matrix::random_blocks(&mut rng, block, 20, 512)];
+        let exact = reference::weight_rows(&stacked(&matrix, WeightFormat::F32));
+        let packed =
+            reference::weight_rows(&stacked(&matrix, WeightFormat::of_blocks(&[matrix[0].tensor()]).expect("blocks")));
+        for (exact, packed) in exact.iter().flatten().zip(packed.iter().flatten()) {
+            let error = (exact.scaled - packed.scaled - packed.min).abs();
+            let allowed = match block {
+                // Half a step of the new codes: the largest of 32 is 127 * 32 * 0.1 at most.
+                TensorFormat::Q6K => 0.51 * 128.0 * 32.0 * 0.1 / 127.0,
+                TensorFormat::Q4K | TensorFormat::Q5K => {
+                    2.0_f64.powi(-11) * (packed.scaled.abs() + 2.0 * packed.min.abs() + exact.scaled.abs()) + 1e-6
+                }
+                TensorFormat::Q4_1 | TensorFormat::Q5_1 => 2.0_f64.powi(-11) * packed.min.abs() + 1e-6,
+                _ => 0.0,
+            };
+            assert!(error <= allowed, "{}: {exact:?} became {packed:?}", block.name());
+        }
+    }
+}
+
+/// What differs becomes codes of 8 bits, which hold them all.
+#[test]
+fn parts_of_different_blocks_share_a_format() {
+    let mut rng = Rng::new(12);
+    let parts = [TensorFormat::Q4K, TensorFormat::Q6K, TensorFormat::Iq4Nl, TensorFormat::Q8_0]
+        .map(|block| Matrix::random_blocks(&mut rng, block, 30, 512));
+    let tensors: Vec<HostTensor<'_>> = parts.iter().map(Matrix::tensor).collect();
+    let format = WeightFormat::of_blocks(&tensors).expect("blocks");
+    assert_eq!(format, grouped(Codes::Int8, 32, true));
+    let dense = Matrix::random(&mut rng, TensorFormat::F16, 2, 512);
+    assert_eq!(WeightFormat::of_blocks(&[tensors[0], dense.tensor()]), None);
+    for mut backend in cpu_backends(&[2]) {
+        check(&mut backend, &stacked(&parts, format), &rng.normals(7 * 512), 7, None, Epilogue::Store);
+        // Blocks can be spread out, too.
+        check(&mut backend, &stacked(&parts, WeightFormat::F32), &rng.normals(512), 1, None, Epilogue::Store);
     }
 }

@@ -247,7 +247,7 @@ fn say_what_is_served(source: &ModelSource, name: &str, info: &ModelInfo, elapse
         info.architecture,
         info.num_parameters,
         mebibytes(info.weight_bytes),
-        info.dtype,
+        info.weight_format,
         elapsed.as_secs_f64()
     );
     let device = &info.device;

@@ -558,7 +558,7 @@ impl ModelMetrics {
             MODEL_INFO,
             "model_name" => model_name.to_owned(),
             "architecture" => model.architecture.clone(),
-            "dtype" => model.dtype,
+            "dtype" => model.weight_format,
             "max_model_len" => model.max_model_len.to_string(),
         )
         .set(1.0);

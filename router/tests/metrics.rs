@@ -14,6 +14,7 @@ fn model() -> ModelInfo {
         num_parameters: 1,
         weight_bytes: 1,
         kv_cache_bytes: 1,
+        weight_format: "f32",
         dtype: "f32",
         device: DeviceInfo { kind: "cpu", name: String::new(), isa: String::new(), num_units: 1 },
         device_note: None,

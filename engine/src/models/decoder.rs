@@ -5,14 +5,16 @@
 
 use quire_kernels::ops::embed::Embed;
 use quire_kernels::ops::gather_rows::GatherRows;
+use quire_kernels::ops::linear::WeightShape;
 use quire_kernels::ops::linear::{Epilogue, Linear};
 use quire_kernels::ops::paged_attention::PagedAttention;
 use quire_kernels::ops::rms_norm::RmsNorm;
 use quire_kernels::ops::rope_kv_write::{QkNorm, RopeKvWrite};
 use quire_kernels::ops::rope_table::RopeTable;
-use quire_kernels::{Backend, DType, KernelError, WeightLayout, WeightSource};
+use quire_kernels::{Backend, DType, KernelError, WeightFormat, WeightLayout, WeightSource};
 
 use super::config::ModelConfig;
+use crate::config::QuantizeChoice;
 use crate::error::EngineError;
 use crate::weights::{Tensor, Weights};
 
@@ -57,6 +59,25 @@ pub(crate) struct Decoder<B: Backend> {
 pub(crate) struct ModelSize {
     pub num_parameters: u64,
     pub weight_bytes: u64,
+    /// What most of its parameters are stored as.
+    pub format: &'static str,
+}
+
+/// What weights become when they are packed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WeightChoice {
+    /// Of dense weights that are not quantized.
+    pub dtype: DType,
+    pub quantize: QuantizeChoice,
+}
+
+/// What a weight is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// Of a layer.
+    Projection,
+    /// Embedding or output layer, where rounding costs most.
+    Vocabulary,
 }
 
 struct Layer<B: Backend> {
@@ -92,22 +113,22 @@ struct Buffers<B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Packs all weights as `dtype` and allocates buffers for steps of at most `max_num_tokens`. `kv_groups` are the
+    /// Packs all weights as `choice` says and allocates buffers for steps of at most `max_num_tokens`. `kv_groups` are the
     /// windows of the KV groups; every layer's window is one of them.
     pub(crate) fn load(
         backend: &mut B,
         config: ModelConfig,
         weights: &Weights,
-        dtype: DType,
+        choice: WeightChoice,
         max_num_tokens: usize,
         kv_groups: &[Option<u32>],
     ) -> Result<Self, EngineError> {
-        let mut loader = Loader { backend, weights, dtype, size: ModelSize::default() };
+        let mut loader = Loader { backend, weights, choice, size: ModelSize::default(), formats: Vec::new() };
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let embedding = loader.stacked(&[(EMBEDDING.to_owned(), vocab)], hidden)?;
+        let embedding = loader.vocabulary(&[(EMBEDDING.to_owned(), vocab)], hidden)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(loader.stacked(&[(LM_HEAD.to_owned(), vocab)], hidden)?),
+            false => Some(loader.vocabulary(&[(LM_HEAD.to_owned(), vocab)], hidden)?),
         };
         let final_norm = loader.vectors(&[(FINAL_NORM.to_owned(), hidden)])?;
         let mut layers_in_group = vec![0; kv_groups.len()];
@@ -118,7 +139,7 @@ impl<B: Backend> Decoder<B> {
             layers_in_group[group] += 1;
             layers.push(loader.layer(&config, index, window, group, layer_in_group)?);
         }
-        let size = loader.size;
+        let size = loader.finish();
         weights.refuse_unread(if config.tie_word_embeddings { &[(LM_HEAD, EMBEDDING)] } else { &[] })?;
         let buffers = Buffers::alloc(backend, &config, max_num_tokens)?;
         Ok(Self { config, embedding, lm_head, layers, final_norm, buffers, size })
@@ -261,8 +282,10 @@ impl<B: Backend> Buffers<B> {
 struct Loader<'a, B: Backend> {
     backend: &'a mut B,
     weights: &'a Weights,
-    dtype: DType,
+    choice: WeightChoice,
     size: ModelSize,
+    /// Parameters of each format.
+    formats: Vec<(&'static str, u64)>,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -318,13 +341,13 @@ impl<B: Backend> Loader<'_, B> {
         let named = |suffix: &str| -> Vec<(String, usize)> {
             modules.iter().map(|(name, len)| (format!("{name}.{suffix}"), *len)).collect()
         };
-        let weight = self.weight(&named("weight"), in_features, layout)?;
+        let weight = self.weight(&named("weight"), in_features, layout, Role::Projection)?;
         let bias = if has_bias { Some(self.vectors(&named("bias"))?) } else { None };
         Ok(Projection { weight, bias })
     }
 
-    fn stacked(&mut self, parts: &[(String, usize)], in_features: usize) -> Result<B::Weight, EngineError> {
-        self.weight(parts, in_features, WeightLayout::Stacked)
+    fn vocabulary(&mut self, parts: &[(String, usize)], in_features: usize) -> Result<B::Weight, EngineError> {
+        self.weight(parts, in_features, WeightLayout::Stacked, Role::Vocabulary)
     }
 
     fn weight(
@@ -332,16 +355,33 @@ impl<B: Backend> Loader<'_, B> {
         parts: &[(String, usize)],
         in_features: usize,
         layout: WeightLayout,
+        role: Role,
     ) -> Result<B::Weight, EngineError> {
         let tensors: Vec<Tensor<'_>> = parts
             .iter()
             .map(|(name, out_features)| self.weights.matrix(name, *out_features, in_features))
             .collect::<Result<_, _>>()?;
-        let source = WeightSource { parts: tensors.iter().map(Tensor::host).collect(), layout, dtype: self.dtype };
-        let out_features: usize = parts.iter().map(|(_, len)| len).sum();
-        self.size.num_parameters += (out_features * in_features) as u64;
-        self.size.weight_bytes += self.backend.weight_bytes(out_features, in_features, self.dtype) as u64;
+        let parts: Vec<_> = tensors.iter().map(Tensor::host).collect();
+        let format = WeightFormat::of_blocks(&parts).unwrap_or(match (self.choice.quantize, role) {
+            (QuantizeChoice::None, _) => WeightFormat::dense(self.choice.dtype),
+            (QuantizeChoice::Int4, Role::Projection) => WeightFormat::int4(),
+            (QuantizeChoice::Int4, Role::Vocabulary) | (QuantizeChoice::Int8, _) => WeightFormat::int8(in_features),
+        });
+        let source = WeightSource { parts, layout, format };
+        let shape = WeightShape::of(&source)?;
+        let num_parameters = (shape.out_features * in_features) as u64;
+        self.size.num_parameters += num_parameters;
+        self.size.weight_bytes += self.backend.weight_bytes(&shape) as u64;
+        match self.formats.iter_mut().find(|(name, _)| *name == format.name()) {
+            Some((_, num)) => *num += num_parameters,
+            None => self.formats.push((format.name(), num_parameters)),
+        }
         Ok(self.backend.pack_weight(&source)?)
+    }
+
+    fn finish(&self) -> ModelSize {
+        let most = self.formats.iter().max_by_key(|(_, num_parameters)| *num_parameters);
+        ModelSize { format: most.map_or("", |(name, _)| name), ..self.size }
     }
 
     /// Vectors one after the other in one buffer.

@@ -107,8 +107,8 @@ impl Backend for CpuBackend {
         linear::cpu::pack_weight(self, source)
     }
 
-    fn weight_bytes(&self, out_features: usize, in_features: usize, dtype: DType) -> usize {
-        linear::cpu::weight_bytes(self.isa, out_features, in_features, dtype)
+    fn weight_bytes(&self, shape: &linear::WeightShape) -> usize {
+        linear::cpu::weight_bytes(self.isa, shape)
     }
 
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CpuKv, KernelError> {

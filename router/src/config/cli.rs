@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, ArgMatches};
 
 use super::layers::{Flag, keys};
@@ -31,6 +30,7 @@ const SHORTHANDS: &[(&str, &str, &str, &str)] = &[
         "BYTES",
         "Memory of the KV cache, as 512MiB or 2GiB [default: measured]",
     ),
+    ("quantize", "engine.quantize", "FORMAT", "How weights are stored: none, int8 or int4 [default: none]"),
     ("load-format", "engine.load_format", "FORMAT", "auto, or dummy for seeded random weights [default: auto]"),
 ];
 
@@ -62,14 +62,6 @@ fn command() -> clap::Command {
     for (name, key, value, help) in SHORTHANDS {
         serve = serve.arg(Arg::new(*name).long(*name).value_name(*value).help(*help).conflicts_with(generic_id(key)));
     }
-    serve = serve.arg(
-        Arg::new("quantize")
-            .long("quantize")
-            .value_name("FORMAT")
-            .value_parser(PossibleValuesParser::new(["none", "int8", "int4"]))
-            .hide_possible_values(true)
-            .help("How weights are quantized: none [default: none]"),
-    );
     for (name, key, _, help) in SWITCHES {
         serve = serve
             .arg(Arg::new(*name).long(*name).action(ArgAction::SetTrue).help(*help).conflicts_with(generic_id(key)));
@@ -134,9 +126,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
 }
 
 fn read_serve(matches: &ArgMatches) -> Result<Command, String> {
-    if let Some(format) = matches.get_one::<String>("quantize").filter(|format| *format != "none") {
-        return Err(format!("--quantize {format} is not available in this version; only none is"));
-    }
     let mut flags = Vec::new();
     for key in keys() {
         if let Some(value) = matches.get_one::<String>(&generic_id(&key)) {
@@ -207,14 +196,12 @@ mod tests {
             ]
         );
         assert_eq!(flags(&["--scheduler.block_size=48"]), [pair("scheduler.block_size", "48")]);
-        assert_eq!(flags(&["--quantize", "none"]), []);
+        assert_eq!(flags(&["--quantize", "int8"]), [pair("engine.quantize", "int8")]);
     }
 
     #[test]
     fn mistakes_are_named() {
         assert!(error(&["--scheduler.blocksize", "32"]).contains("--scheduler.blocksize"));
-        assert!(error(&["--quantize", "int8"]).contains("int8"));
-        assert!(error(&["--quantize", "int3"]).contains("int3"));
         assert!(error(&["sevre"]).contains("sevre"));
         assert!(error(&["--http", "a", "--server.http", "b"]).contains("--server.http"));
     }

@@ -7,21 +7,24 @@
 //! Partial sums wait in f32 between stretches and are taken up again as the accumulator's start, so each output is one
 //! chain of additions over `in_features` in ascending order, however rows, stretches and threads are cut.
 //!
-//! Memory while serving: activations rounded to bf16 go to a workspace for [`MAX_PASS_ROWS`] rows of the widest
+//! Memory while serving: activations rounded to bf16 or to codes go to a workspace for [`MAX_PASS_ROWS`] rows of the widest
 //! weight packed so far, taken when that weight is packed. More rows than that take several passes over the weights,
 //! where arithmetic has long outgrown the reading of them.
 
 mod finish;
+mod grouped;
+mod pack;
 mod tile;
 mod weight;
 
+pub(crate) use pack::pack_weight;
 pub use weight::CpuWeight;
-pub(crate) use weight::{pack_weight, weight_bytes};
+pub(crate) use weight::weight_bytes;
 
 use std::ops::Range;
 
 use self::finish::Finish;
-use self::tile::{Kernel, Tile};
+use self::tile::{ActivationForm, Kernel, Tile};
 use super::Linear;
 use crate::KernelError;
 use crate::cpu::buffer::AlignedBytes;
@@ -62,8 +65,10 @@ impl Workspace {
     /// Makes room for the activations of a weight so wide. Called when one is packed; finds enough room when one is
     /// used, unless another backend packed it.
     fn reserve(&mut self, kernel: &Kernel, in_features: usize) -> Result<(), KernelError> {
-        let num_bytes =
-            if kernel.rounds_activations { MAX_PASS_ROWS * kernel.activation_stride(in_features) } else { 0 };
+        let num_bytes = match kernel.activations {
+            ActivationForm::Exact => 0,
+            _ => MAX_PASS_ROWS * kernel.activation_stride(in_features),
+        };
         if self.activations.len() < num_bytes {
             self.activations = AlignedBytes::zeroed("rounded activations", num_bytes)?;
         }
@@ -114,12 +119,13 @@ fn pass(
     let in_features = weight.shape.in_features;
     let num_rows = x.len() / in_features;
     let kernel = &weight.kernel;
-    let activations = if kernel.rounds_activations {
-        let stride = kernel.activation_stride(in_features);
-        round_activations(pool, weight.isa, x, in_features, stride, &mut workspace.activations);
-        Activations { first: workspace.activations.as_ptr(), stride }
-    } else {
-        Activations { first: x.as_ptr().cast(), stride: in_features * size_of::<f32>() }
+    let activations = match kernel.activations {
+        ActivationForm::Exact => Activations { first: x.as_ptr().cast(), stride: in_features * size_of::<f32>() },
+        form => {
+            let stride = kernel.activation_stride(in_features);
+            round_activations(pool, weight.isa, form, x, in_features, stride, &mut workspace.activations);
+            Activations { first: workspace.activations.as_ptr(), stride }
+        }
     };
 
     let num_blocks = num_rows.div_ceil(MAX_UNIT_ROWS);
@@ -172,18 +178,18 @@ unsafe fn compute_unit(
     for stretch in 0..num_stretches {
         let steps = split(num_steps, 1, stretch, num_stretches);
         // SAFETY: inside the panel.
-        let weights = unsafe { panel_start.add(steps.start * kernel.step_bytes()) };
-        let stretch_bytes = steps.len() * kernel.step_bytes();
+        let weights = unsafe { panel_start.add(steps.start * kernel.step_bytes) };
+        let stretch_bytes = steps.len() * kernel.step_bytes;
         for index in 0..num_tiles {
             let tile_rows = split(rows.len(), 1, index, num_tiles);
             let sums = &mut sums[tile_rows.start * width..tile_rows.end * width];
             // Each line is fetched ahead once. A tile alone fetches a little ahead in its own stream; of several, each
             // fetches its share of the stretch that comes next in memory, while this one is at work.
-            let lines = split(kernel.lines_per_step, 1, index, num_tiles);
+            let lines = split(kernel.lines_per_step(), 1, index, num_tiles);
             let ahead = if num_tiles == 1 {
                 tile::PREFETCH_AHEAD_BYTES
             } else {
-                stretch_bytes + lines.start * stretch_bytes / kernel.lines_per_step
+                stretch_bytes + lines.start * stretch_bytes / kernel.lines_per_step()
             };
             let first_row = rows.start + tile_rows.start;
             // SAFETY: the tile's rows and steps lie inside activations and panel, and `sums` has room for its rows.
@@ -198,8 +204,10 @@ unsafe fn compute_unit(
                     sums: sums.as_mut_ptr(),
                     continues: stretch > 0,
                     prefetch: weights.wrapping_add(ahead),
+                    num_lines: lines.len(),
+                    is_alone: num_tiles == 1,
                 };
-                kernel.run(tile_rows.len(), lines.len(), &tile);
+                kernel.run(tile_rows.len(), &tile);
                 if stretch + 1 == num_stretches {
                     finish.run(panel, first_row..first_row + tile_rows.len(), sums, out);
                 }
@@ -208,11 +216,11 @@ unsafe fn compute_unit(
     }
 }
 
-/// Rounds `x` to bf16: as bf16 where the kernel multiplies pairs of them (AVX-512), else as f32. What lies between the
-/// end of a row and its stride is zero.
+/// Rounds the rows of `x` to `form`, which is not `Exact`.
 fn round_activations(
     pool: &ThreadPool,
     isa: Isa,
+    form: ActivationForm,
     x: &[f32],
     in_features: usize,
     stride: usize,
@@ -227,10 +235,11 @@ fn round_activations(
         let target = unsafe { target.slice_mut(rows.start * stride..rows.end * stride) };
         for (row, target) in rows.zip(target.chunks_exact_mut(stride)) {
             let x = &x[row * in_features..][..in_features];
-            match isa {
+            match (form, isa) {
+                (ActivationForm::Quantized { group_len }, _) => grouped::quantize_row(isa, group_len, x, target),
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the ISA is available; the stride has room for the row in whole vectors.
-                Isa::Avx512 => unsafe { tile::round_row_avx512(x, target) },
+                (_, Isa::Avx512) => unsafe { tile::round_row_avx512(x, target) },
                 _ => tile::round_row_f32(x, target),
             }
         }

@@ -1,9 +1,11 @@
 //! Products with a packed weight, from one row to thousands.
 
 pub(crate) mod cpu;
+pub(crate) mod quantize;
 pub mod reference;
 
-use crate::{Backend, DType, KernelError, WeightLayout, WeightSource};
+use crate::weight_format::{Codes, Grouping, LONG_GROUP_LEN, SHORT_GROUP_LEN};
+use crate::{Backend, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
 
 /// What happens to a finished sum before it is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,12 +21,14 @@ pub enum Epilogue {
 
 /// `y = x W^T + bias`, then the epilogue.
 ///
-/// * `x`      `F32`, `[num_rows, in_features]`; rounded to the weight's type before the product
+/// * `x`      `F32`, `[num_rows, in_features]`; rounded before the product: to bf16 for bf16 weights; for weights in groups
+///   each group to codes of 8 bits with a scale, the largest magnitude being 127
 /// * `weight` `[out_features, in_features]`, packed
 /// * `bias`   `F32`, `[out_features]` in the order of the weight's parts
 ///
 /// Writes `F32` `[num_rows, out_features]` to `out` (half as wide for `SwiGlu`). Every output is one sum over
-/// `in_features` in ascending order, accumulated in f32, whatever `num_rows` is; bias and residual are added last.
+/// `in_features` in ascending order, accumulated in f32, whatever `num_rows` is (exact within a group of codes); bias and
+/// residual are added last. A number of `x` that is not finite makes its row so, and no other.
 /// `x` and `out` may be longer than the rows need. Fails with `KernelError::Shape` naming the argument, and with
 /// `KernelError::Type` where `SwiGlu` meets a weight that was not packed for it.
 pub struct Linear<'a, B: Backend> {
@@ -43,7 +47,7 @@ pub struct WeightShape {
     pub out_features: usize,
     pub in_features: usize,
     pub layout: WeightLayout,
-    pub dtype: DType,
+    pub format: WeightFormat,
 }
 
 impl WeightShape {
@@ -52,8 +56,8 @@ impl WeightShape {
     pub fn of(source: &WeightSource<'_>) -> Result<Self, KernelError> {
         let op = "pack_weight";
         let shape_error = |argument, expected, found| Err(KernelError::Shape { op, argument, expected, found });
-        if !matches!(source.dtype, DType::F32 | DType::Bf16) {
-            return Err(KernelError::Type { op, argument: "dtype", found: source.dtype.name() });
+        if let WeightFormat::Grouped(grouping) = source.format {
+            check_grouping(grouping, source)?;
         }
         let expected_parts = if source.layout == WeightLayout::GateUp { 2 } else { source.parts.len().max(1) };
         if source.parts.len() != expected_parts {
@@ -78,7 +82,7 @@ impl WeightShape {
             // Each row takes bytes that are there, so the sum fits.
             out_features += part.rows;
         }
-        Ok(Self { out_features, in_features, layout: source.layout, dtype: source.dtype })
+        Ok(Self { out_features, in_features, layout: source.layout, format: source.format })
     }
 
     /// Numbers in a row of `out`.
@@ -111,5 +115,25 @@ impl WeightShape {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Whether there are kernels for `grouping`, and whether the parts can become it: indices into a table come from such
+/// only.
+fn check_grouping(grouping: Grouping, source: &WeightSource<'_>) -> Result<(), KernelError> {
+    let is_known = match grouping.codes {
+        Codes::Int8 => {
+            grouping.group_len == SHORT_GROUP_LEN || (grouping.group_len == LONG_GROUP_LEN && !grouping.has_min)
+        }
+        Codes::Int4 => grouping.group_len == SHORT_GROUP_LEN,
+        Codes::Iq4Nl => grouping.group_len == SHORT_GROUP_LEN && !grouping.has_min,
+    };
+    let op = "pack_weight";
+    if !is_known {
+        return Err(KernelError::Type { op, argument: "format", found: source.format.name() });
+    }
+    match source.parts.iter().find(|part| grouping.codes == Codes::Iq4Nl && part.format != TensorFormat::Iq4Nl) {
+        Some(part) => Err(KernelError::Type { op, argument: "parts.format", found: part.format.name() }),
+        None => Ok(()),
     }
 }

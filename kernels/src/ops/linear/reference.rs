@@ -1,13 +1,16 @@
 //! The meaning of [`super::Linear`]: plain loops, sums in f64.
 
+use super::quantize;
 use super::{Epilogue, WeightShape};
-use crate::{DType, WeightSource};
+use crate::weight_format::Grouping;
+use crate::{TensorFormat, WeightFormat, WeightSource};
 
 /// Results, and how large the terms of each sum were, from which a test states how far rounding may carry a sum.
 pub struct LinearReference {
     /// `[num_rows, out_cols]`
     pub out: Vec<f64>,
-    /// `sum |x| |w|` of every output before the epilogue, `[num_rows, out_features]`.
+    /// `sum |x| |w|` of every output before the epilogue, `[num_rows, out_features]`; of weights in groups, scaled code and
+    /// minimum count each for itself.
     pub magnitudes: Vec<f64>,
     /// `x W^T + bias`, before the epilogue, `[num_rows, out_features]`.
     pub sums: Vec<f64>,
@@ -29,13 +32,12 @@ pub fn linear(
     let mut sums = vec![0.0; num_rows * shape.out_features];
     let mut magnitudes = vec![0.0; num_rows * shape.out_features];
     for row in 0..num_rows {
-        let x = &x[row * shape.in_features..][..shape.in_features];
+        let x = quantize::rounded_activations(source.format, &x[row * shape.in_features..][..shape.in_features]);
         for (feature, weights) in rows.iter().enumerate() {
             let (mut sum, mut magnitude) = (0.0, 0.0);
-            for (&x, &weight) in x.iter().zip(weights) {
-                let term = f64::from(round_to(source.dtype, x)) * weight;
-                sum += term;
-                magnitude += term.abs();
+            for (&x, weight) in x.iter().zip(weights) {
+                sum += x * (weight.scaled + weight.min);
+                magnitude += x.abs() * (weight.scaled.abs() + weight.min.abs());
             }
             sums[row * shape.out_features + feature] = sum + bias.map_or(0.0, |bias| f64::from(bias[feature]));
             magnitudes[row * shape.out_features + feature] = magnitude;
@@ -56,19 +58,51 @@ pub fn linear(
     LinearReference { out, magnitudes, sums }
 }
 
-/// The matrix as it is multiplied: rows of all parts in order, rounded to the packed type.
-pub fn weight_rows(source: &WeightSource<'_>) -> Vec<Vec<f64>> {
+/// A weight as it is multiplied: `scaled + min`.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight {
+    pub scaled: f64,
+    /// Of its group, else 0.
+    pub min: f64,
+}
+
+/// The matrix as it is multiplied: rows of all parts in order, rounded to the packed format.
+pub fn weight_rows(source: &WeightSource<'_>) -> Vec<Vec<Weight>> {
     let mut rows = Vec::new();
     for part in &source.parts {
-        let mut numbers = vec![0.0; part.cols];
         for bytes in part.bytes.chunks_exact(part.bytes.len() / part.rows) {
+            let mut numbers = vec![0.0; part.cols];
             part.format.decode(bytes, &mut numbers);
-            rows.push(numbers.iter().map(|&number| f64::from(round_to(source.dtype, number))).collect());
+            let whole = |number: f32| Weight { scaled: f64::from(number), min: 0.0 };
+            rows.push(match source.format {
+                WeightFormat::F32 => numbers.into_iter().map(whole).collect(),
+                WeightFormat::Bf16 => {
+                    numbers.into_iter().map(|number| whole(half::bf16::from_f32(number).to_f32())).collect()
+                }
+                WeightFormat::Grouped(grouping) => grouped_row(grouping, part.format, bytes, numbers),
+            });
         }
     }
     rows
 }
 
-fn round_to(dtype: DType, value: f32) -> f32 {
-    if dtype == DType::Bf16 { half::bf16::from_f32(value).to_f32() } else { value }
+fn grouped_row(grouping: Grouping, format: TensorFormat, bytes: &[u8], mut numbers: Vec<f32>) -> Vec<Weight> {
+    let len = numbers.len();
+    numbers.resize(len.next_multiple_of(grouping.group_len), 0.0);
+    let mut row = Vec::with_capacity(numbers.len());
+    let mut codes = vec![0; grouping.group_len];
+    for (index, numbers) in numbers.chunks(grouping.group_len).enumerate() {
+        let group = if grouping.keeps(format) {
+            let codes: &mut [u8; 32] = codes.as_mut_slice().try_into().expect("kept codes have groups of 32");
+            quantize::requantize_block(grouping, format, bytes, index, codes)
+        } else {
+            quantize::quantize_weights(grouping, numbers, &mut codes)
+        };
+        row.extend(codes.iter().map(|&code| Weight {
+            scaled: f64::from(group.scale) * f64::from(quantize::code_value(grouping.codes, code)),
+            min: f64::from(group.min),
+        }));
+    }
+    row.truncate(len);
+    row
 }

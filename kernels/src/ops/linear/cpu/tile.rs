@@ -8,6 +8,8 @@
 //! | AVX2, f32     | 16    | 6x16 | one feature      | `[16]` f32, FMA            |
 //! | portable      | 16    | 4x16 | as AVX2          | as AVX2                    |
 //!
+//! Weights that are codes with scales have kernels of their own, see [`grouped`].
+//!
 //! A step loads the panel's weights once, and broadcasts one activation (or pair) per row over them. 24 accumulators of
 //! 6x64, four weights and a broadcast fill the 32 registers; a dot product of bf16 pairs has a latency of 6 cycles on
 //! Zen 4, so 8 chains already run at full rate. Every accumulator is one chain over the steps in ascending order, in every
@@ -16,7 +18,8 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use crate::DType;
+use super::grouped;
+use crate::WeightFormat;
 use crate::cpu::Isa;
 use crate::cpu::lanes::bf16_bits;
 
@@ -39,11 +42,27 @@ pub(super) struct Tile {
     pub(super) sums: *mut f32,
     /// Whether `sums` holds the chains so far; else they start at zero.
     pub(super) continues: bool,
-    /// Where to fetch ahead from, some lines per step. May point anywhere.
+    /// Where to fetch ahead from, `num_lines` cache lines per step. May point anywhere.
     pub(super) prefetch: *const u8,
+    /// At most the lines of a step.
+    pub(super) num_lines: usize,
+    /// Whether what is fetched ahead is wanted in a moment, since no other tile comes between.
+    pub(super) is_alone: bool,
 }
 
-type TileFn = unsafe fn(&Tile);
+impl Tile {
+    /// Fetches the lines of a step ahead, and returns where the next step's begin.
+    #[inline(always)]
+    pub(super) fn fetch_ahead(&self, from: *const u8) -> *const u8 {
+        #[cfg(target_arch = "x86_64")]
+        for line in 0..self.num_lines {
+            fetch_line(from.wrapping_add(line * 64), self.is_alone);
+        }
+        from.wrapping_add(self.num_lines * 64)
+    }
+}
+
+pub(super) type TileFn = unsafe fn(&Tile);
 
 /// One function per number of rows.
 macro_rules! tiles {
@@ -67,52 +86,82 @@ macro_rules! by_lines {
     };
 }
 
-/// The micro-kernels for one instruction set and weight type, and the layout that they read.
+/// How activations are laid out for a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ActivationForm {
+    /// As they come: rows of f32.
+    Exact,
+    /// In the workspace, rounded to bf16: as such where the kernel multiplies pairs of them, else as f32.
+    Bf16,
+    /// In the workspace, as codes with a scale for each so many of them.
+    Quantized { group_len: usize },
+}
+
+/// The micro-kernels for one instruction set and weight format, and the layout that they read.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel {
     pub(super) panel_width: usize,
     pub(super) max_tile_rows: usize,
-    /// Input features of a step: 2 where pairs are interleaved.
+    /// Input features of a step: 2 where pairs are interleaved, a group where they share a scale.
     pub(super) features_per_step: usize,
-    pub(super) weight_size: usize,
-    /// Whether activations go through the workspace, rounded to bf16.
-    pub(super) rounds_activations: bool,
+    /// Bytes of one step of a panel: whole cache lines.
+    pub(super) step_bytes: usize,
+    pub(super) activations: ActivationForm,
     /// Bytes that a row of activations moves on per step.
     pub(super) activation_step_bytes: usize,
-    /// Cache lines of a step.
-    pub(super) lines_per_step: usize,
-    /// By lines fetched ahead per step, then by rows - 1.
-    tiles: [[TileFn; 6]; 5],
+    tiles: Tiles,
+}
+
+/// Functions by rows - 1.
+#[derive(Clone, Copy)]
+enum Tiles {
+    /// By lines fetched ahead per step, too.
+    Dense([[TileFn; 6]; 5]),
+    Grouped(&'static [TileFn]),
 }
 
 impl Kernel {
-    pub(super) fn new(isa: Isa, dtype: DType) -> Self {
-        let is_bf16 = dtype == DType::Bf16;
+    pub(super) fn new(isa: Isa, format: WeightFormat) -> Self {
+        let is_bf16 = match format {
+            WeightFormat::F32 => false,
+            WeightFormat::Bf16 => true,
+            WeightFormat::Grouped(grouping) => {
+                let tiles = grouped::tiles(isa, grouping);
+                return Self {
+                    panel_width: grouped::panel_width(isa),
+                    max_tile_rows: tiles.len(),
+                    features_per_step: grouping.group_len,
+                    step_bytes: grouped::step_bytes(isa, grouping),
+                    activations: ActivationForm::Quantized { group_len: grouping.group_len },
+                    activation_step_bytes: grouped::activation_group_bytes(grouping.group_len),
+                    tiles: Tiles::Grouped(tiles),
+                };
+            }
+        };
         let base = Self {
             panel_width: 16,
             max_tile_rows: 4,
             features_per_step: if is_bf16 { 2 } else { 1 },
-            weight_size: dtype.size(),
-            rounds_activations: is_bf16,
+            step_bytes: 64,
+            activations: if is_bf16 { ActivationForm::Bf16 } else { ActivationForm::Exact },
             activation_step_bytes: if is_bf16 { 8 } else { 4 },
-            lines_per_step: 1,
-            tiles: if is_bf16 { [tiles!(portable, true); 5] } else { [tiles!(portable, false); 5] },
+            tiles: Tiles::Dense(if is_bf16 { [tiles!(portable, true); 5] } else { [tiles!(portable, false); 5] }),
         };
         match isa {
             Isa::Portable => base,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Self {
                 max_tile_rows: 6,
-                tiles: if is_bf16 { by_lines!(avx2_bf16) } else { by_lines!(avx2_f32) },
+                tiles: Tiles::Dense(if is_bf16 { by_lines!(avx2_bf16) } else { by_lines!(avx2_f32) }),
                 ..base
             },
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Self {
                 panel_width: 64,
                 max_tile_rows: 6,
+                step_bytes: 256,
                 activation_step_bytes: 4,
-                lines_per_step: 4,
-                tiles: if is_bf16 { by_lines!(avx512_bf16) } else { by_lines!(avx512_f32) },
+                tiles: Tiles::Dense(if is_bf16 { by_lines!(avx512_bf16) } else { by_lines!(avx512_f32) }),
                 ..base
             },
             #[cfg(not(target_arch = "x86_64"))]
@@ -120,40 +169,51 @@ impl Kernel {
         }
     }
 
-    /// Bytes of one step of a panel.
-    pub(super) fn step_bytes(&self) -> usize {
-        self.panel_width * self.features_per_step * self.weight_size
+    /// Cache lines of a step.
+    pub(super) fn lines_per_step(&self) -> usize {
+        self.step_bytes / 64
     }
 
-    /// Bytes from a rounded row to the next: whole cache lines, an odd number of them, so that the rows of a tile do not
-    /// fall into the same sets of the level-1 cache.
+    /// Bytes from a row in the workspace to the next: whole cache lines, an odd number of them, so that the rows of a
+    /// tile do not fall into the same sets of the level-1 cache.
     pub(super) fn activation_stride(&self, in_features: usize) -> usize {
         let row_bytes = in_features.div_ceil(self.features_per_step) * self.activation_step_bytes;
         (row_bytes.div_ceil(64) | 1) * 64
     }
 
-    /// Computes one tile of `num_rows` rows, fetching `num_lines` cache lines ahead per step (at most `lines_per_step`).
+    /// Computes one tile of `num_rows` rows.
     ///
     /// # Safety
     /// All of the tile but `prefetch` points to memory of the sizes that follow from its numbers and this kernel's;
     /// `num_rows` is 1 to `max_tile_rows`.
-    pub(super) unsafe fn run(&self, num_rows: usize, num_lines: usize, tile: &Tile) {
+    pub(super) unsafe fn run(&self, num_rows: usize, tile: &Tile) {
         debug_assert!((1..=self.max_tile_rows).contains(&num_rows));
+        let tiles: &[TileFn] = match &self.tiles {
+            Tiles::Dense(tiles) => &tiles[tile.num_lines],
+            Tiles::Grouped(tiles) => tiles,
+        };
         // SAFETY: by contract; the kernel was made for an available instruction set.
-        unsafe { self.tiles[num_lines][num_rows - 1](tile) }
+        unsafe { tiles[num_rows - 1](tile) }
     }
 }
 
-/// Fetches `P` lines: into the level-1 cache where they are wanted in a moment (a tile alone), else no further than
-/// into level 2, from where the tiles of the next stretch take them.
+/// Fetches `P` lines, see [`fetch_line`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn fetch_ahead<const P: usize>(from: *const u8, is_wanted_soon: bool) {
     for line in 0..P {
-        let line = from.wrapping_add(line * 64).cast();
-        // SAFETY: fetching ahead reads nothing, whatever the address.
-        unsafe { if is_wanted_soon { _mm_prefetch::<_MM_HINT_T0>(line) } else { _mm_prefetch::<_MM_HINT_T1>(line) } }
+        fetch_line(from.wrapping_add(line * 64), is_wanted_soon);
     }
+}
+
+/// Fetches a line: into the level-1 cache where it is wanted in a moment (a tile alone), else no further than into
+/// level 2, from where the tiles of the next stretch take it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fetch_line(line: *const u8, is_wanted_soon: bool) {
+    let line = line.cast();
+    // SAFETY: fetching ahead reads nothing, whatever the address.
+    unsafe { if is_wanted_soon { _mm_prefetch::<_MM_HINT_T0>(line) } else { _mm_prefetch::<_MM_HINT_T1>(line) } }
 }
 
 /// `R` rows; fetches `P` lines ahead per step.

@@ -1,28 +1,26 @@
 //! Weights packed for the micro-kernels.
 //!
-//! A panel holds `panel_width` output features: `[in_features / features_per_step][panel_width][features_per_step]`,
-//! missing features and an odd last input filled up with zeros. Stacked parts fill panels one feature after the
+//! A panel holds `panel_width` output features, step after step (see [`super::tile`] and [`super::grouped`]), missing
+//! features and a last step's missing inputs filled up with zeros. Stacked parts fill panels one feature after the
 //! other; of gate and up each panel takes `panel_width / 2` of the same outputs, gates in its lower lanes.
 //! Panel after panel is 64-byte aligned, in huge pages where the system has them.
 
-use super::tile::Kernel;
-use crate::cpu::buffer::AlignedBytes;
-use crate::cpu::lanes::bf16_bits;
-use crate::cpu::thread_pool::SharedMut;
-use crate::cpu::{CpuBackend, Isa};
-use crate::ops::linear::WeightShape;
-use crate::{DType, HostTensor, KernelError, TensorFormat, WeightLayout, WeightSource};
+use half::f16;
 
-/// Input features packed at a time: one panel's part of them (16 KiB in bf16) stays in the level-1 cache while the rows
-/// of the source pass. A multiple of 16.
-const PACK_BLOCK: usize = 128;
+use super::grouped;
+use super::tile::Kernel;
+use crate::cpu::Isa;
+use crate::cpu::buffer::AlignedBytes;
+use crate::ops::linear::{WeightShape, quantize};
+use crate::weight_format::Grouping;
+use crate::{WeightFormat, WeightLayout};
 
 /// A packed matrix, see [`crate::WeightSource`].
 pub struct CpuWeight {
     pub(super) shape: WeightShape,
     pub(super) isa: Isa,
     pub(super) kernel: Kernel,
-    panels: AlignedBytes,
+    pub(super) panels: AlignedBytes,
 }
 
 /// Lanes of a panel that hold consecutive output features.
@@ -62,8 +60,8 @@ impl CpuWeight {
         self.shape.in_features.div_ceil(self.kernel.features_per_step)
     }
 
-    fn panel_bytes(&self) -> usize {
-        self.num_steps() * self.kernel.step_bytes()
+    pub(super) fn panel_bytes(&self) -> usize {
+        self.num_steps() * self.kernel.step_bytes
     }
 
     pub(super) fn num_panels(&self) -> usize {
@@ -87,8 +85,8 @@ impl CpuWeight {
             }
         };
         let start = panel * self.panel_bytes();
-        match self.shape.dtype {
-            DType::Bf16 => {
+        match self.shape.format {
+            WeightFormat::Bf16 => {
                 let pairs = &self.panels.view::<u32>()[start / size_of::<u32>()..];
                 for (step, out) in out.chunks_mut(2).enumerate() {
                     let pair = pairs[step * width + lane];
@@ -98,116 +96,51 @@ impl CpuWeight {
                     }
                 }
             }
-            _ => {
+            WeightFormat::F32 => {
                 let numbers = &self.panels.view::<f32>()[start / size_of::<f32>()..];
                 for (step, out) in out.iter_mut().enumerate() {
                     *out = numbers[step * width + lane];
                 }
             }
+            WeightFormat::Grouped(grouping) => {
+                let steps = self.panels.view::<u8>()[start..].chunks_exact(self.kernel.step_bytes);
+                for (out, step) in out.chunks_mut(grouping.group_len).zip(steps) {
+                    self.read_group(grouping, step, lane, out);
+                }
+            }
+        }
+    }
+
+    /// Writes a lane of one group to `out`.
+    fn read_group(&self, grouping: Grouping, step: &[u8], lane: usize, out: &mut [f32]) {
+        let width = self.kernel.panel_width;
+        let (codes, scales) = step.split_at(grouped::code_bytes(self.isa, grouping));
+        let (mins, size) = (width * grouped::scale_size(self.isa), grouped::scale_size(self.isa));
+        let number = |bytes: &[u8]| match *bytes {
+            [a, b] => f16::from_ne_bytes([a, b]).to_f32(),
+            [a, b, c, d] => f32::from_ne_bytes([a, b, c, d]),
+            _ => unreachable!("scales have two or four bytes"),
+        };
+        let scale = number(&scales[lane * size..][..size]);
+        let min = if grouping.has_min { number(&scales[mins + lane * size..][..size]) } else { 0.0 };
+        let per_byte = grouping.codes.per_byte();
+        for (index, out) in out.iter_mut().enumerate() {
+            let (quad, place) = (index / 4, index % 4);
+            let byte = codes[(quad / per_byte * width + lane) * 4 + place];
+            let code = if per_byte == 2 { byte >> (quad % 2 * 4) & 15 } else { byte };
+            *out = scale * quantize::code_value(grouping.codes, code) + min;
         }
     }
 }
 
 /// See [`crate::Backend::weight_bytes`].
-pub(crate) fn weight_bytes(isa: Isa, out_features: usize, in_features: usize, dtype: DType) -> usize {
-    let kernel = Kernel::new(isa, dtype);
-    out_features
-        .div_ceil(kernel.panel_width)
-        .saturating_mul(in_features.div_ceil(kernel.features_per_step))
-        .saturating_mul(kernel.step_bytes())
-}
-
-/// See [`crate::Backend::pack_weight`]. Each thread fills, and so first touches, the panels that it will read. Nothing
-/// but the packed matrix is allocated.
-pub(crate) fn pack_weight(backend: &mut CpuBackend, source: &WeightSource<'_>) -> Result<CpuWeight, KernelError> {
-    let shape = WeightShape::of(source)?;
-    if let Some(part) = source.parts.iter().find(|part| !part.format.is_dense()) {
-        let op = "pack_weight";
-        return Err(KernelError::Type { op, argument: "parts.format", found: part.format.name() });
-    }
-    let kernel = Kernel::new(backend.isa, shape.dtype);
-    let num_bytes = weight_bytes(backend.isa, shape.out_features, shape.in_features, shape.dtype);
-    backend.linear_workspace.reserve(&kernel, shape.in_features)?;
-    let panels = backend.weights.zeroed("weight", num_bytes)?;
-    let mut weight = CpuWeight { shape, isa: backend.isa, kernel, panels };
-
-    let panel_bytes = weight.panel_bytes();
-    let num_panels = weight.num_panels();
-    let target = SharedMut::new(weight.panels.view_mut::<u8>());
-    backend.pool.run_ranges(num_panels, 1, &|_, panels| {
-        for panel in panels {
-            // SAFETY: each panel belongs to one range.
-            let target = unsafe { target.slice_mut(panel * panel_bytes..(panel + 1) * panel_bytes) };
-            pack_panel(source, &shape, kernel.panel_width, panel, target);
-        }
-    });
-    Ok(weight)
-}
-
-/// Fills one panel, which is zero so far.
-fn pack_panel(source: &WeightSource<'_>, shape: &WeightShape, width: usize, panel: usize, target: &mut [u8]) {
-    let mut bits = [0_u16; PACK_BLOCK];
-    let mut numbers = [0.0_f32; PACK_BLOCK];
-    for first in (0..shape.in_features).step_by(PACK_BLOCK) {
-        let len = PACK_BLOCK.min(shape.in_features - first);
-        for segment in Segment::of_panel(shape, width, panel) {
-            let rows = source.rows(segment.feature).take(segment.len);
-            for (lane, (part, row)) in (segment.lane..).zip(rows) {
-                let number_bytes = part.format.block_bytes();
-                let bytes = &part.bytes[(row * part.cols + first) * number_bytes..][..len * number_bytes];
-                if shape.dtype == DType::Bf16 {
-                    // An odd last feature has a zero for its neighbour.
-                    bits[len..].fill(0);
-                    read_bf16(part.format, bytes, &mut bits[..len]);
-                    let target = &mut target[first / 2 * width * 4..];
-                    for (step, pair) in bits[..len.next_multiple_of(2)].chunks_exact(2).enumerate() {
-                        let pair = u32::from(pair[0]) | u32::from(pair[1]) << 16;
-                        target[(step * width + lane) * 4..][..4].copy_from_slice(&pair.to_ne_bytes());
-                    }
-                } else {
-                    part.format.decode(bytes, &mut numbers[..len]);
-                    let target = &mut target[first * width * 4..];
-                    for (step, number) in numbers[..len].iter().enumerate() {
-                        target[(step * width + lane) * 4..][..4].copy_from_slice(&number.to_ne_bytes());
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Numbers of a file as bf16 bits, rounded half to even.
-fn read_bf16(format: TensorFormat, bytes: &[u8], out: &mut [u16]) {
-    if format == TensorFormat::Bf16 {
-        for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-            *out = u16::from_le_bytes([bytes[0], bytes[1]]);
-        }
-    } else {
-        let mut numbers = [0.0; PACK_BLOCK];
-        let numbers = &mut numbers[..out.len()];
-        format.decode(bytes, numbers);
-        for (out, &number) in out.iter_mut().zip(&*numbers) {
-            *out = bf16_bits(number);
-        }
-    }
-}
-
-impl<'a> WeightSource<'a> {
-    /// Rows of all parts in order, from `first` on: each part with its row.
-    fn rows(&self, first: usize) -> impl Iterator<Item = (&HostTensor<'a>, usize)> {
-        let mut skip = first;
-        let mut parts = self.parts.iter().peekable();
-        while let Some(part) = parts.next_if(|part| part.rows <= skip) {
-            skip -= part.rows;
-        }
-        let mut row = skip;
-        std::iter::from_fn(move || {
-            parts.next_if(|part| part.rows <= row).inspect(|_| row = 0);
-            let part = parts.peek()?;
-            row += 1;
-            Some((*part, row - 1))
-        })
-    }
+pub(crate) fn weight_bytes(isa: Isa, shape: &WeightShape) -> usize {
+    let kernel = Kernel::new(isa, shape.format);
+    let num_panels = match shape.layout {
+        WeightLayout::Stacked => shape.out_features.div_ceil(kernel.panel_width),
+        WeightLayout::GateUp => (shape.out_features / 2).div_ceil(kernel.panel_width / 2),
+    };
+    num_panels.saturating_mul(shape.in_features.div_ceil(kernel.features_per_step)).saturating_mul(kernel.step_bytes)
 }
 
 #[cfg(test)]
@@ -218,7 +151,7 @@ mod tests {
     fn panels_hold_every_feature_once() {
         for layout in [WeightLayout::Stacked, WeightLayout::GateUp] {
             for out_features in [2, 16, 62, 64, 66, 128, 130] {
-                let shape = WeightShape { out_features, in_features: 1, layout, dtype: DType::F32 };
+                let shape = WeightShape { out_features, in_features: 1, layout, format: WeightFormat::F32 };
                 for width in [16, 64] {
                     let mut seen = vec![0; out_features];
                     for panel in 0..out_features.div_ceil(width) {
@@ -231,18 +164,6 @@ mod tests {
                     assert!(seen.iter().all(|&seen| seen == 1), "{layout:?} {out_features} {width}: {seen:?}");
                 }
             }
-        }
-    }
-
-    #[test]
-    fn rows_go_through_parts_in_order() {
-        let part = |rows| HostTensor { format: TensorFormat::F32, rows, cols: 1, bytes: &[] };
-        let parts = vec![part(2), part(1), part(3)];
-        let source = WeightSource { parts, layout: WeightLayout::Stacked, dtype: DType::F32 };
-        let all = [(2, 0), (2, 1), (1, 0), (3, 0), (3, 1), (3, 2)];
-        for first in 0..=6 {
-            let rows: Vec<_> = source.rows(first).map(|(part, row)| (part.rows, row)).collect();
-            assert_eq!(rows, all[first..]);
         }
     }
 }
