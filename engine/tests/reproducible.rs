@@ -3,7 +3,9 @@
 
 use quire_engine::scheduler::{FinishReason, SamplingParams};
 use quire_engine::testing::{ChoiceOutcome, Recorder, TinyModel, read_all, start_on_cpu, submission, tiny_model};
-use quire_engine::{DTypeChoice, EngineConfig, EngineHandle, ModelSource, SchedulerSettings, Submission, TokenStream};
+use quire_engine::{
+    DTypeChoice, EngineConfig, EngineHandle, ModelSource, QuantizeChoice, SchedulerSettings, Submission, TokenStream,
+};
 use quire_kernels::cpu::Isa;
 use quire_scheduler::testing::Rng;
 
@@ -95,7 +97,14 @@ struct Setup {
     source: ModelSource,
     isa: Isa,
     dtype: DTypeChoice,
+    quantize: QuantizeChoice,
     few_blocks: u64,
+}
+
+impl Setup {
+    fn new(source: ModelSource, isa: Isa, few_blocks: u64) -> Self {
+        Self { source, isa, dtype: DTypeChoice::Auto, quantize: QuantizeChoice::None, few_blocks }
+    }
 }
 
 fn start(setup: &Setup, variant: Variant) -> EngineHandle {
@@ -103,6 +112,7 @@ fn start(setup: &Setup, variant: Variant) -> EngineHandle {
     let num_blocks = if variant.few_blocks { setup.few_blocks } else { 512 };
     let engine = EngineConfig {
         dtype: setup.dtype,
+        quantize: setup.quantize,
         num_threads: variant.num_threads,
         pipeline_depth: variant.pipeline_depth,
         kv_cache_memory: num_blocks * BLOCK_BYTES * bytes_per_value,
@@ -182,8 +192,8 @@ async fn run_mixed(handle: &EngineHandle, requests: &[Submission], seed: u64) ->
     outcomes
 }
 
-async fn check_all(source: ModelSource, isa: Isa, dtype: DTypeChoice, few_blocks: u64, seed: u64) {
-    let setup = Setup { source, isa, dtype, few_blocks };
+async fn check_all(setup: Setup, seed: u64) {
+    let Setup { isa, dtype, quantize, few_blocks, .. } = setup;
     let requests = requests(seed);
     let expected = run_alone(&start(&setup, ALONE), &requests).await;
     let lens: Vec<usize> = expected.iter().flatten().map(|choice| choice.tokens.len()).collect();
@@ -193,7 +203,7 @@ async fn check_all(source: ModelSource, isa: Isa, dtype: DTypeChoice, few_blocks
         let handle = start(&setup, variant);
         let found = run_mixed(&handle, &requests, seed * 100 + number as u64).await;
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            assert_same(found, expected, &format!("request {i}, {variant:?}, {isa}, {dtype:?}"));
+            assert_same(found, expected, &format!("request {i}, {variant:?}, {isa}, {dtype:?}, {quantize:?}"));
         }
         preemptions += handle.stats().num_preemptions;
         hits += handle.stats().prefix_hit_tokens;
@@ -237,30 +247,43 @@ async fn resume_all(setup: &Setup, requests: &[Submission], expected: &[Vec<Choi
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn llama_in_bf16() {
     for isa in Isa::available() {
-        check_all(tiny_model(1, TinyModel::Llama), isa, DTypeChoice::Auto, 17, 11).await;
+        check_all(Setup::new(tiny_model(1, TinyModel::Llama), isa, 17), 11).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn llama_in_f32() {
-    check_all(tiny_model(2, TinyModel::Llama), Isa::detect(), DTypeChoice::F32, 17, 12).await;
+    let setup = Setup::new(tiny_model(2, TinyModel::Llama), Isa::detect(), 17);
+    check_all(Setup { dtype: DTypeChoice::F32, ..setup }, 12).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn llama_in_8_bits() {
+    let setup = Setup::new(tiny_model(5, TinyModel::Llama), Isa::detect(), 17);
+    check_all(Setup { quantize: QuantizeChoice::Int8, ..setup }, 15).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn llama_in_4_bits() {
+    let setup = Setup::new(tiny_model(6, TinyModel::Llama), Isa::detect(), 17);
+    check_all(Setup { quantize: QuantizeChoice::Int4, ..setup }, 16).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_window_in_every_layer() {
-    check_all(tiny_model(3, TinyModel::MistralWindow), Isa::detect(), DTypeChoice::Auto, 13, 13).await;
+    check_all(Setup::new(tiny_model(3, TinyModel::MistralWindow), Isa::detect(), 13), 13).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_kv_groups() {
-    check_all(tiny_model(4, TinyModel::QwenMixed), Isa::detect(), DTypeChoice::Auto, 17, 14).await;
+    check_all(Setup::new(tiny_model(4, TinyModel::QwenMixed), Isa::detect(), 17), 14).await;
 }
 
 /// The comparison above would pass if all requests said the same: they do not, and seeds matter.
 #[tokio::test]
 async fn seeds_and_prompts_matter() {
     let source = tiny_model(1, TinyModel::Llama);
-    let setup = Setup { source, isa: Isa::detect(), dtype: DTypeChoice::Auto, few_blocks: 17 };
+    let setup = Setup::new(source, Isa::detect(), 17);
     let handle = start(&setup, ALONE);
     let mut request = submission(&[5, 6, 7, 8], 24);
     request.sampling.temperature = 1.0;
