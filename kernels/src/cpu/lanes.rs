@@ -27,12 +27,12 @@ pub(crate) fn vectorize<W: Vectorized>(isa: Isa, work: W) -> W::Output {
             x86::Avx2(()).enter(work)
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => {
+        Isa::Avx512 | Isa::Avx512Bf16 => {
             debug_assert!(isa.is_available());
             x86::Avx512(()).enter(work)
         }
         #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 => unreachable!("not an instruction set of this architecture"),
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => unreachable!("not an instruction set of this architecture"),
     }
 }
 

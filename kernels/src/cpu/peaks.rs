@@ -61,9 +61,9 @@ fn read_bytes_per_second(pool: &ThreadPool) -> Result<f64, KernelError> {
 
 fn flops_per_second(backend: &CpuBackend, dtype: DType) -> f64 {
     const NUM_ROUNDS: usize = 200_000;
-    // Only AVX-512 multiplies bf16 as such; elsewhere it is widened to f32 first.
+    // Elsewhere bf16 is widened to f32 first.
     let isa = backend.isa;
-    let in_pairs = dtype == DType::Bf16 && isa == Isa::Avx512;
+    let in_pairs = dtype == DType::Bf16 && isa == Isa::Avx512Bf16;
     let seconds = best_seconds(|| {
         backend.pool.run(&|_| {
             black_box(vectorize(isa, Multiply { in_pairs, num_rounds: NUM_ROUNDS }));

@@ -239,7 +239,10 @@ fn round_activations(
                 (ActivationForm::Quantized { group_len }, _) => grouped::quantize_row(isa, group_len, x, target),
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the ISA is available; the stride has room for the row in whole vectors.
-                (_, Isa::Avx512) => unsafe { tile::round_row_avx512(x, target) },
+                (_, Isa::Avx512Bf16) => unsafe { tile::round_row_avx512(x, target) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: the ISA is available.
+                (_, Isa::Avx2 | Isa::Avx512) => unsafe { tile::round_row_avx2(x, target) },
                 _ => tile::round_row_f32(x, target),
             }
         }

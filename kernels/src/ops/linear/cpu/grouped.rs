@@ -13,12 +13,14 @@
 //!
 //! | kernel   | panel | tile  | four products and sums            |
 //! |----------|-------|-------|-----------------------------------|
-//! | AVX-512  | 32    | 12x32 | `vpdpbusd`                        |
+//! | AVX-512  | 32    | 12x32, of 4 bits 8x32 | `vpdpbusd`        |
 //! | AVX2     | 16    | 4x16  | two `vpmaddwd` of even and odd bytes: `vpmaddubsw` would saturate |
 //! | portable | 16    | 4x16  | plain loops                       |
 //!
 //! 24 accumulators of whole numbers, two weights and a broadcast fill the registers of AVX-512, so f32 sums stay in the
-//! level-1 cache: a load and a store per 8 products or more, beside the multiplications.
+//! level-1 cache: a load and a store per 8 products or more, beside the multiplications. Codes of 4 bits want registers
+//! of their own while they are taken apart: with more than 8 rows accumulators would go to memory and back (half the
+//! pace).
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -56,7 +58,7 @@ pub(super) const fn scale_size(isa: Isa) -> usize {
 }
 
 const fn is_avx512(isa: Isa) -> bool {
-    cfg!(target_arch = "x86_64") && matches!(isa, Isa::Avx512)
+    cfg!(target_arch = "x86_64") && matches!(isa, Isa::Avx512 | Isa::Avx512Bf16)
 }
 
 /// Bytes of the codes of a step.
@@ -99,7 +101,10 @@ macro_rules! by_format {
 pub(super) fn tiles(isa: Isa, grouping: Grouping) -> &'static [TileFn] {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => by_format!(grouping, avx512, [1 2 3 4 5 6 7 8 9 10 11 12]),
+        Isa::Avx512 | Isa::Avx512Bf16 => match grouping.codes {
+            Codes::Int8 => by_format!(grouping, avx512, [1 2 3 4 5 6 7 8 9 10 11 12]),
+            _ => by_format!(grouping, avx512, [1 2 3 4 5 6 7 8]),
+        },
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => by_format!(grouping, avx2, [1 2 3 4]),
         _ => by_format!(grouping, portable, [1 2 3 4]),
@@ -337,7 +342,7 @@ pub(super) fn quantize_row(isa: Isa, group_len: usize, x: &[f32], target: &mut [
         let (scale, sum) = match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the backend was made for an available instruction set.
-            Isa::Avx512 => unsafe { quantize_avx512(x, codes) },
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { quantize_avx512(x, codes) },
             _ => {
                 let mut group = [0_i8; LONG_GROUP_LEN];
                 let found = quantize::quantize_activations(x, &mut group[..group_len]);

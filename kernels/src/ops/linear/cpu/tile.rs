@@ -2,7 +2,8 @@
 //!
 //! | kernel        | panel | tile | a step is        | weights of a step          |
 //! |---------------|-------|------|------------------|----------------------------|
-//! | AVX-512, bf16 | 64    | 6x64 | two features     | `[64][2]` bf16, `vdpbf16ps` |
+//! | AVX-512 BF16, bf16 | 64 | 6x64 | two features    | `[64][2]` bf16, `vdpbf16ps` |
+//! | AVX-512, bf16 | 64    | 6x64 | two features     | `[64][2]` bf16, widened, FMA |
 //! | AVX-512, f32  | 64    | 6x64 | one feature      | `[64]` f32, FMA            |
 //! | AVX2, bf16    | 16    | 6x16 | two features     | `[16][2]` bf16, widened, FMA |
 //! | AVX2, f32     | 16    | 6x16 | one feature      | `[16]` f32, FMA            |
@@ -156,16 +157,23 @@ impl Kernel {
                 ..base
             },
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Self {
-                panel_width: 64,
-                max_tile_rows: 6,
-                step_bytes: 256,
-                activation_step_bytes: 4,
-                tiles: Tiles::Dense(if is_bf16 { by_lines!(avx512_bf16) } else { by_lines!(avx512_f32) }),
-                ..base
-            },
+            Isa::Avx512 | Isa::Avx512Bf16 => {
+                let multiplies_pairs = is_bf16 && isa == Isa::Avx512Bf16;
+                Self {
+                    panel_width: 64,
+                    max_tile_rows: 6,
+                    step_bytes: 256,
+                    activation_step_bytes: if multiplies_pairs { 4 } else { base.activation_step_bytes },
+                    tiles: Tiles::Dense(match (is_bf16, multiplies_pairs) {
+                        (true, true) => by_lines!(avx512_bf16_pairs),
+                        (true, false) => by_lines!(avx512_bf16),
+                        _ => by_lines!(avx512_f32),
+                    }),
+                    ..base
+                }
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => base,
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => base,
         }
     }
 
@@ -219,7 +227,7 @@ fn fetch_line(line: *const u8, is_wanted_soon: bool) {
 /// `R` rows; fetches `P` lines ahead per step.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn avx512_bf16<const R: usize, const P: usize>(tile: &Tile) {
+unsafe fn avx512_bf16_pairs<const R: usize, const P: usize>(tile: &Tile) {
     // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
     unsafe {
         let mut acc = load_avx512::<R>(tile);
@@ -241,6 +249,40 @@ unsafe fn avx512_bf16<const R: usize, const P: usize>(tile: &Tile) {
             }
             weights = weights.add(256);
             activations = activations.add(4);
+            prefetch = prefetch.wrapping_add(P * 64);
+        }
+        store_avx512(tile, &acc);
+    }
+}
+
+/// As [`avx512_bf16_pairs`], pairs one after the other.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn avx512_bf16<const R: usize, const P: usize>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
+    unsafe {
+        let mut acc = load_avx512::<R>(tile);
+        let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        let mut weights = tile.weights;
+        let mut prefetch = tile.prefetch;
+        let mut activations = tile.activations;
+        for _ in 0..tile.num_steps {
+            let load = |v: usize| _mm512_loadu_si512(weights.add(v * 64).cast::<__m512i>());
+            fetch_ahead::<P>(prefetch, P == 4);
+            let mut multiply = |offset: usize, w: [__m512; 4]| {
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = activations.add(r * tile.activation_stride + offset).cast::<f32>().read();
+                    for (acc, w) in acc.iter_mut().zip(w) {
+                        *acc = _mm512_fmadd_ps(_mm512_set1_ps(x), w, *acc);
+                    }
+                }
+            };
+            // A bf16 is the upper half of an f32: the first of a pair is shifted up, the second masked. Loading weights
+            // twice costs less than a register each.
+            multiply(0, std::array::from_fn(|v| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(load(v)))));
+            multiply(4, std::array::from_fn(|v| _mm512_castsi512_ps(_mm512_and_si512(load(v), high))));
+            weights = weights.add(256);
+            activations = activations.add(8);
             prefetch = prefetch.wrapping_add(P * 64);
         }
         store_avx512(tile, &acc);
@@ -459,7 +501,15 @@ pub(super) unsafe fn round_row_avx512(x: &[f32], target: &mut [u8]) {
     }
 }
 
+/// [`round_row_f32`] in wide vectors.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+pub(super) fn round_row_avx2(x: &[f32], target: &mut [u8]) {
+    round_row_f32(x, target);
+}
+
 /// Rounds one row to bf16 numbers, kept as f32, and fills it up with zeros.
+#[inline(always)]
 pub(super) fn round_row_f32(x: &[f32], target: &mut [u8]) {
     let (numbers, padding) = target.split_at_mut(size_of_val(x));
     for (target, &x) in numbers.chunks_exact_mut(4).zip(x) {
