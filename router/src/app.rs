@@ -17,6 +17,7 @@ use quire_engine::{EngineHandle, ModelInfo, ModelSource, StepObserver, StepRepor
 use tower::ServiceExt;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use crate::body_budget::BodyBudget;
 use crate::config::{Config, Environment, Loaded};
 use crate::error::ApiError;
 use crate::generation::{GenerationService, ServiceParts};
@@ -83,7 +84,8 @@ async fn serve(loaded: Loaded, start: Instant) -> Result<(), AppError> {
     let mut signals = Signals::catch().map_err(|error| AppError::System(error.to_string()))?;
     let lifecycle = Arc::new(Lifecycle::new(Duration::from_secs(config.server.stall_seconds)));
     let shutdown = Shutdown::default();
-    let health = listen(&config, &lifecycle, &shutdown).await?;
+    let bodies = BodyBudget::new(config.limits.max_buffered_bytes);
+    let health = listen(&config, &lifecycle, &shutdown, &bodies).await?;
     let drain_limit = Duration::from_secs(config.server.drain_timeout_seconds);
 
     let load = {
@@ -105,6 +107,7 @@ async fn serve(loaded: Loaded, start: Instant) -> Result<(), AppError> {
         model: Arc::new(model),
         limits: config.limits.clone(),
         inflight: Arc::new(Inflight::default()),
+        bodies,
     });
     let metrics = ModelMetrics::new(&name, &info);
     lifecycle.begin_serving(Serving { http: http::routes(service.clone()), service, metrics });
@@ -130,7 +133,12 @@ async fn serve(loaded: Loaded, start: Instant) -> Result<(), AppError> {
 }
 
 /// Binds both addresses and begins to answer on them.
-async fn listen(config: &Config, lifecycle: &Arc<Lifecycle>, shutdown: &Shutdown) -> Result<grpc::Health, AppError> {
+async fn listen(
+    config: &Config,
+    lifecycle: &Arc<Lifecycle>,
+    shutdown: &Shutdown,
+    bodies: &BodyBudget,
+) -> Result<grpc::Health, AppError> {
     let server = &config.server;
     let bind = async |key, kind, address: SocketAddr| {
         let fail = |error: std::io::Error| AppError::Bind { key, address, why: error.to_string() };
@@ -143,6 +151,7 @@ async fn listen(config: &Config, lifecycle: &Arc<Lifecycle>, shutdown: &Shutdown
     let limits = GrpcLimits {
         max_message_bytes: server.grpc_max_message_bytes,
         body_timeout: Duration::from_secs(config.limits.body_timeout_seconds),
+        bodies: bodies.clone(),
     };
     let (grpc_app, health) =
         grpc::routes(Arc::clone(lifecycle), limits).map_err(|error| AppError::System(error.to_string()))?;

@@ -189,6 +189,9 @@ impl Config {
         if let Err((field, why)) = self.limits.validate() {
             return invalid(&format!("limits.{field}"), why);
         }
+        if server.grpc_max_message_bytes > self.limits.max_buffered_bytes {
+            return invalid("server.grpc_max_message_bytes", "must be at most limits.max_buffered_bytes");
+        }
         if !server.allow_unauthenticated {
             for (key, address) in [("server.http", server.http), ("server.grpc", server.grpc)] {
                 if !address.ip().is_loopback() {

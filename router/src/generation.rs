@@ -19,7 +19,6 @@ use crate::error::ApiError;
 use crate::metrics::Endpoint;
 
 pub use limits::Limits;
-pub(crate) use service::BUDGET_UNIT;
 pub use service::{Generation, GenerationService, ServiceParts};
 pub(crate) use validate::invalid;
 

@@ -2,6 +2,7 @@
 
 pub mod app;
 pub mod bench;
+pub mod body_budget;
 pub mod chat_template;
 pub mod config;
 pub mod demo;

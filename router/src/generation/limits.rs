@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 pub struct Limits {
     /// Bytes of an HTTP body. A long context in JSON takes about 5 bytes a token.
     pub max_body_bytes: usize,
-    /// Bytes of all bodies that were received and not turned into tokens yet; past it callers get 429. At least
-    /// `max_body_bytes`.
+    /// Bytes of all bodies, HTTP's and gRPC's, that were received and not turned into tokens yet; past it callers get
+    /// 429. At least `max_body_bytes`.
     pub max_buffered_bytes: usize,
-    /// Seconds that a client may take to send a body.
+    /// Seconds that a client may take to send a whole body, or all messages of a gRPC call.
     pub body_timeout_seconds: u64,
     /// Messages of a conversation.
     pub max_messages: usize,

@@ -10,9 +10,9 @@ use futures::Stream;
 use quire_engine::{Submission, SubmitError, TokenEvent};
 use quire_scheduler::{AdapterId, CacheSalt, FinishReason, TenantId};
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
 use tracing::Instrument;
 
+use crate::body_budget::BodyBudget;
 use crate::detokenizer::SpecialTokenText;
 use crate::error::ApiError;
 use crate::inflight::{Entered, Inflight};
@@ -26,15 +26,14 @@ use super::text::{TextPool, TextWork, check_input};
 use super::validate::{self, invalid};
 use super::{GenerationEvent, GenerationRequest, Input, Limits, Usage};
 
-/// Bytes that a permit of [`GenerationService::body_budget`] stands for.
-pub(crate) const BUDGET_UNIT: usize = 1024;
-
 /// What a [`GenerationService`] is made of.
 pub struct ServiceParts {
     pub worker: Arc<dyn Worker>,
     pub model: Arc<ServedModel>,
     pub limits: Limits,
     pub inflight: Arc<Inflight>,
+    /// Shared with the gRPC face.
+    pub bodies: BodyBudget,
 }
 
 struct Shared {
@@ -43,7 +42,7 @@ struct Shared {
     limits: Limits,
     inflight: Arc<Inflight>,
     pool: TextPool,
-    body_budget: Arc<Semaphore>,
+    bodies: BodyBudget,
 }
 
 /// The one set of handlers behind both faces. A clone is another handle to the same service.
@@ -54,11 +53,9 @@ pub struct GenerationService {
 
 impl GenerationService {
     pub fn new(parts: ServiceParts) -> Self {
-        let ServiceParts { worker, model, limits, inflight } = parts;
+        let ServiceParts { worker, model, limits, inflight, bodies } = parts;
         let pool = TextPool::new(&limits);
-        let budget = (limits.max_buffered_bytes / BUDGET_UNIT).min(Semaphore::MAX_PERMITS);
-        let body_budget = Arc::new(Semaphore::new(budget));
-        Self { shared: Arc::new(Shared { worker, model, limits, inflight, pool, body_budget }) }
+        Self { shared: Arc::new(Shared { worker, model, limits, inflight, pool, bodies }) }
     }
 
     /// Validates, tokenizes and submits a request. An error here means that nothing was started.
@@ -198,9 +195,9 @@ impl GenerationService {
         &self.shared.limits
     }
 
-    /// Memory for bodies that were received and not turned into tokens yet, in units of [`BUDGET_UNIT`] bytes.
-    pub(crate) fn body_budget(&self) -> &Arc<Semaphore> {
-        &self.shared.body_budget
+    /// Memory for bodies that were received and not turned into tokens yet.
+    pub(crate) fn bodies(&self) -> &BodyBudget {
+        &self.shared.bodies
     }
 
     /// Ends a request: its stream's last event is [`ApiError::Cancelled`]. Says whether there was one.

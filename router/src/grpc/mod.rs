@@ -18,17 +18,19 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tower::util::{MapRequestLayer, MapResponseLayer};
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::timeout::TimeoutBody;
 
+use crate::body_budget::{BodyBudget, CountedBody, HeldShare};
 use crate::error::ApiError;
 use crate::lifecycle::Lifecycle;
 
 /// How much a caller may send, and how slowly.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct GrpcLimits {
     pub max_message_bytes: usize,
-    /// Between two parts of a message.
+    /// For all that a call sends.
     pub body_timeout: Duration,
+    /// Shared with the HTTP face.
+    pub bodies: BodyBudget,
 }
 
 /// `grpc.health.v1`, kept in step with readiness by [`Health::set_ready`].
@@ -61,8 +63,12 @@ pub fn routes(
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);
-    let slow_body =
-        move |request: Request<Body>| request.map(|body| Body::new(TimeoutBody::new(limits.body_timeout, body)));
+    let (bodies, body_timeout) = (limits.bodies.clone(), limits.body_timeout);
+    let count_body = move |mut request: Request<Body>| {
+        let share = HeldShare::new(&bodies);
+        request.extensions_mut().insert(share.clone());
+        request.map(|body| Body::new(CountedBody::new(body, share, body_timeout, |error| convert::status(error, ""))))
+    };
     // tonic calls a message that is too large OUT_OF_RANGE, which no handler here ever says; the one table has another
     // code for it.
     let too_large = ApiError::TooLarge { what: "the message", limit: limits.max_message_bytes };
@@ -74,7 +80,7 @@ pub fn routes(
     let router = routes
         .prepare()
         .into_axum_router()
-        .layer(MapRequestLayer::new(slow_body))
+        .layer(MapRequestLayer::new(count_body))
         .layer(MapResponseLayer::new(name_too_large))
         .layer(CatchPanicLayer::custom(panicked));
     Ok((router, Health(reporter)))

@@ -87,31 +87,43 @@ impl Quire for Handlers {
         &self,
         request: Request<wire::GenerateRequest>,
     ) -> Result<Response<wire::GenerateResponse>, Status> {
-        let (metadata, _, mut message) = request.into_parts();
+        // The extensions hold the body's share of memory until its text is tokens.
+        let (metadata, share, mut message) = request.into_parts();
         let id = std::mem::take(&mut message.request_id);
         let build = |id, deadline| convert::generate_request(message, id, deadline);
-        Self::unary(self.start(&metadata, id, build).await?).await
+        let started = self.start(&metadata, id, build).await?;
+        drop(share);
+        Self::unary(started).await
     }
 
     async fn generate_stream(&self, request: Request<wire::GenerateRequest>) -> Result<Response<EventStream>, Status> {
-        let (metadata, _, mut message) = request.into_parts();
+        // The extensions hold the body's share of memory until its text is tokens.
+        let (metadata, share, mut message) = request.into_parts();
         let id = std::mem::take(&mut message.request_id);
         let build = |id, deadline| convert::generate_request(message, id, deadline);
-        Ok(Self::streamed(self.start(&metadata, id, build).await?))
+        let started = self.start(&metadata, id, build).await?;
+        drop(share);
+        Ok(Self::streamed(started))
     }
 
     async fn chat(&self, request: Request<wire::ChatRequest>) -> Result<Response<wire::GenerateResponse>, Status> {
-        let (metadata, _, mut message) = request.into_parts();
+        // The extensions hold the body's share of memory until its text is tokens.
+        let (metadata, share, mut message) = request.into_parts();
         let id = std::mem::take(&mut message.request_id);
         let build = |id, deadline| convert::chat_request(message, id, deadline);
-        Self::unary(self.start(&metadata, id, build).await?).await
+        let started = self.start(&metadata, id, build).await?;
+        drop(share);
+        Self::unary(started).await
     }
 
     async fn chat_stream(&self, request: Request<wire::ChatRequest>) -> Result<Response<EventStream>, Status> {
-        let (metadata, _, mut message) = request.into_parts();
+        // The extensions hold the body's share of memory until its text is tokens.
+        let (metadata, share, mut message) = request.into_parts();
         let id = std::mem::take(&mut message.request_id);
         let build = |id, deadline| convert::chat_request(message, id, deadline);
-        Ok(Self::streamed(self.start(&metadata, id, build).await?))
+        let started = self.start(&metadata, id, build).await?;
+        drop(share);
+        Ok(Self::streamed(started))
     }
 
     async fn abort(&self, request: Request<wire::AbortRequest>) -> Result<Response<wire::AbortResponse>, Status> {

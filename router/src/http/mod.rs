@@ -19,10 +19,10 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use futures::{FutureExt, StreamExt};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::body_budget::BodyShare;
 use crate::error::ApiError;
-use crate::generation::{BUDGET_UNIT, GenerationService};
+use crate::generation::GenerationService;
 use crate::metrics::Outcome;
 use crate::random::{is_request_id, request_id};
 
@@ -141,30 +141,6 @@ struct Received {
     share: BodyShare,
 }
 
-/// Given back when dropped.
-struct BodyShare(Option<OwnedSemaphorePermit>);
-
-impl BodyShare {
-    /// Takes what is missing for `bytes`. A body takes its memory as it arrives, so that one that is announced and
-    /// not sent takes none.
-    fn grow(&mut self, bytes: usize, budget: &Arc<Semaphore>) -> Result<(), ApiError> {
-        let held = self.0.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let missing = bytes.div_ceil(BUDGET_UNIT).saturating_sub(held);
-        if missing == 0 {
-            return Ok(());
-        }
-        let missing = u32::try_from(missing).unwrap_or(u32::MAX);
-        let permit = Arc::clone(budget)
-            .try_acquire_many_owned(missing)
-            .map_err(|_| ApiError::Overloaded { retry_after_seconds: 1 })?;
-        match &mut self.0 {
-            Some(held) => held.merge(permit),
-            None => self.0 = Some(permit),
-        }
-        Ok(())
-    }
-}
-
 /// Reads a JSON body within its limits of size and time.
 async fn read_json_body(request: Request, service: &GenerationService) -> Result<Received, Failure> {
     let limits = service.limits();
@@ -180,7 +156,7 @@ async fn read_json_body(request: Request, service: &GenerationService) -> Result
     let too_large = || Failure::Api(ApiError::TooLarge { what: "the body", limit });
     let length = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     let read = async {
-        let (mut body, mut share) = (Vec::new(), BodyShare(None));
+        let (mut body, mut share) = (Vec::new(), service.bodies().share());
         let mut stream = request.into_body().into_data_stream();
         if length.is_some_and(|length| length > limit as u64) {
             discard(&mut stream, limit).await;
@@ -193,7 +169,7 @@ async fn read_json_body(request: Request, service: &GenerationService) -> Result
                 discard(&mut stream, limit).await;
                 return Err(too_large());
             }
-            share.grow(body.len() + data.len(), service.body_budget())?;
+            share.grow(body.len() + data.len())?;
             body.extend_from_slice(&data);
         }
         Ok(Received { body, share })

@@ -10,6 +10,7 @@ use futures::future::try_join_all;
 use quire_engine::scheduler::TenantId;
 use serde::Serialize;
 
+use crate::body_budget::BodyShare;
 use crate::detokenizer::SpecialTokenText;
 use crate::error::ApiError;
 use crate::generation::{GenerationParams, GenerationRequest, GenerationService, Input, TokenInfo};
@@ -20,7 +21,7 @@ use super::answer::{Event, Generations, Head, PromptPart, Shape, json, slice, wh
 use super::fields::Ignored;
 use super::sse::EventStream;
 use super::types::{ChatBody, Common, CompletionsBody, DetokenizeBody, Prompt, TokenizeBody};
-use super::{BodyShare, Failure, IGNORED_PARAMS, Received, RequestId, read_json_body};
+use super::{Failure, IGNORED_PARAMS, Received, RequestId, read_json_body};
 
 /// The tenant of a server without keys.
 const TENANT: TenantId = TenantId(0);

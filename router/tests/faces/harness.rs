@@ -1,0 +1,157 @@
+//! Both faces in this process, over an engine without a model.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderMap, Request, StatusCode};
+use quire_engine::testing::{FakeExecutor, Recorder, fake_model, start_with};
+use quire_engine::{EngineHandle, ModelSource, SchedulerSettings};
+use quire_proto::quire::v1::quire_client::QuireClient;
+use quire_router::body_budget::BodyBudget;
+use quire_router::generation::{GenerationService, Limits, ServiceParts};
+use quire_router::grpc::{self, GrpcLimits};
+use quire_router::http::routes;
+use quire_router::inflight::Inflight;
+use quire_router::lifecycle::{Lifecycle, Serving};
+use quire_router::metrics::ModelMetrics;
+use quire_router::served_model::ServedModel;
+use quire_router::worker::LocalWorker;
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+pub(crate) const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/demo");
+pub(crate) const VOCAB: u32 = 3072;
+pub(crate) const EOS: u32 = 2;
+
+/// A server in this process.
+pub(crate) struct Server {
+    pub(crate) router: Router,
+    pub(crate) grpc: Router,
+    pub(crate) service: GenerationService,
+    pub(crate) engine: EngineHandle,
+}
+
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+impl Answer {
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("not JSON: {:?}", self.body))
+    }
+
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().expect("ASCII"))
+    }
+
+    /// `data:` lines of an event stream.
+    pub(crate) fn events(&self) -> Vec<String> {
+        let text = std::str::from_utf8(&self.body).expect("UTF-8");
+        text.split("\n\n")
+            .filter(|event| !event.is_empty())
+            .map(|event| event.strip_prefix("data: ").expect("an event is a data line").to_owned())
+            .collect()
+    }
+
+    pub(crate) fn chunks(&self) -> Vec<Value> {
+        let mut events = self.events();
+        assert_eq!(events.pop().as_deref(), Some("[DONE]"));
+        events.iter().map(|event| serde_json::from_str(event).expect("a chunk is JSON")).collect()
+    }
+}
+
+impl Server {
+    pub(crate) fn new(executor: FakeExecutor) -> Self {
+        Self::with(executor, Limits::default(), &SchedulerSettings::default())
+    }
+
+    pub(crate) fn with(executor: FakeExecutor, limits: Limits, settings: &SchedulerSettings) -> Self {
+        let engine =
+            start_with(executor, fake_model(VOCAB), settings, 0, Box::new(Recorder::default())).expect("starts");
+        let source = ModelSource::Directory(DEMO.into());
+        let model = ServedModel::load(&source, "demo".to_owned(), engine.model()).expect("loads");
+        let bodies = BodyBudget::new(limits.max_buffered_bytes);
+        let service = GenerationService::new(ServiceParts {
+            worker: Arc::new(LocalWorker::new(engine.clone())),
+            model: Arc::new(model),
+            bodies: bodies.clone(),
+            limits: limits.clone(),
+            inflight: Arc::new(Inflight::default()),
+        });
+        let router = routes(service.clone());
+        let lifecycle = Lifecycle::new(Duration::from_secs(60));
+        let metrics = ModelMetrics::new("demo", engine.model());
+        lifecycle.begin_serving(Serving { service: service.clone(), metrics, http: router.clone() });
+        let body_timeout = Duration::from_secs(limits.body_timeout_seconds);
+        let limits = GrpcLimits { max_message_bytes: limits.max_body_bytes, body_timeout, bodies };
+        let (grpc, _) = grpc::routes(Arc::new(lifecycle), limits).expect("routes");
+        Self { router, grpc, service, engine }
+    }
+
+    /// An engine that answers every request with `text` and then the end of the sequence.
+    pub(crate) fn saying(text: &str) -> Self {
+        Self::new(saying(text))
+    }
+
+    /// A client of the other face.
+    pub(crate) fn quire(&self) -> QuireClient<Router> {
+        QuireClient::with_origin(self.grpc.clone(), "http://quire".parse().expect("an address"))
+    }
+
+    pub(crate) async fn send(&self, request: Request<Body>) -> Answer {
+        let response = self.router.clone().oneshot(request).await.expect("answers");
+        let (parts, body) = response.into_parts();
+        let body = axum::body::to_bytes(body, usize::MAX).await.expect("a body");
+        assert!(!parts.headers["x-request-id"].is_empty());
+        Answer { status: parts.status, headers: parts.headers, body }
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.send(post(path, body.to_string())).await
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        self.send(Request::get(path).body(Body::empty()).expect("a request")).await
+    }
+
+    pub(crate) async fn idle(&self) {
+        for _ in 0..2000 {
+            let stats = self.engine.stats();
+            if self.service.num_inflight() == 0 && stats.num_running == 0 && stats.num_waiting == 0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("the engine still works: {:?}", self.engine.stats());
+    }
+}
+
+pub(crate) fn post(path: &str, body: impl Into<Body>) -> Request<Body> {
+    Request::post(path).header("content-type", "application/json").body(body.into()).expect("a request")
+}
+
+pub(crate) fn demo_ids(text: &str) -> Vec<u32> {
+    let tokenizer = tokenizers::Tokenizer::from_file(format!("{DEMO}/tokenizer.json")).expect("loads");
+    tokenizer.encode_fast(text, false).expect("encodes").get_ids().to_vec()
+}
+
+pub(crate) fn saying(text: &str) -> FakeExecutor {
+    let ids = demo_ids(text);
+    FakeExecutor::new(VOCAB)
+        .next_token(move |request, _, tokens| ids.get(tokens.len() - request.prompt.len()).copied().unwrap_or(EOS))
+}
+
+pub(crate) fn chat(content: &str) -> Value {
+    json!({"model": "demo", "messages": [{"role": "user", "content": content}]})
+}
+
+pub(crate) fn with(mut body: Value, extra: Value) -> Value {
+    for (name, value) in extra.as_object().expect("an object") {
+        body[name] = value.clone();
+    }
+    body
+}

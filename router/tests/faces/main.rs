@@ -1,0 +1,9 @@
+//! Both faces over an engine without a model: what they answer, refuse, stream and give back.
+
+mod answers;
+mod endings;
+mod grpc;
+mod harness;
+mod hostile;
+mod refusals;
+mod tokens;
