@@ -111,7 +111,7 @@ pub struct SchedulerSettings {
     pub max_waiting_tokens: u64,
     /// Longest predicted wait in seconds; past it callers get 429. 0 is no bound.
     pub max_waiting_seconds: u32,
-    /// `priority` runs lower priority numbers first, `fcfs` ignores them.
+    /// `priority` runs a tenant's lower priority numbers first, `fcfs` ignores them. Tenants take turns either way.
     pub policy: PolicyChoice,
 }
 

@@ -25,7 +25,7 @@ pub struct Submission {
     pub tenant: TenantId,
     /// The adapter to run with.
     pub adapter: Option<AdapterId>,
-    /// Lower runs earlier.
+    /// Lower is admitted earlier, among the tenant's own.
     pub priority: i32,
     /// What separates its cached blocks from others'.
     pub cache_salt: CacheSalt,

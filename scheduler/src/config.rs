@@ -30,9 +30,9 @@ pub struct KvGroup {
 /// Which waiting request is next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Policy {
-    /// Order of arrival; `priority` is ignored.
+    /// Order of arrival within each tenant; `priority` is ignored.
     Fcfs,
-    /// Lower `priority` first, then order of arrival.
+    /// Lower `priority` first, then order of arrival, within each tenant: tenants take turns whatever priorities they give.
     #[default]
     Priority,
 }

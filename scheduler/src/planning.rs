@@ -1,7 +1,7 @@
 //! `Scheduler::plan`: who runs in the next step, and on which blocks.
 //!
-//! Blocks are given out in order of rank, so the first in rank can take from everybody behind it and always proceeds;
-//! each preemption shortens the list of those who could be preempted. Nobody is admitted in a step in which a running
+//! Blocks are given out in order of first admission, so the oldest can take from everybody behind it and always proceeds,
+//! and nobody loses blocks to a newcomer, of whatever tenant or priority; each preemption shortens the list of those who could be preempted. Nobody is admitted in a step in which a running
 //! sequence did not get its blocks.
 
 use std::sync::Arc;
@@ -43,7 +43,7 @@ impl Scheduler {
         plan
     }
 
-    /// Schedules running sequences, in order of rank. False when one of them did not get its blocks.
+    /// Schedules running sequences, in order of first admission. False when one of them did not get its blocks.
     fn plan_running(&mut self, chunk_budget: &mut u32, plan: &mut StepPlan) -> bool {
         let mut all_fit = true;
         let mut index = 0;
@@ -81,7 +81,7 @@ impl Scheduler {
         all_fit
     }
 
-    /// Makes the sequence's tables reach `end` positions, at the cost of those behind it in rank. False when blocks
+    /// Makes the sequence's tables reach `end` positions, at the cost of those admitted later. False when blocks
     /// are missing that only the plans in flight will give back.
     #[inline(never)]
     fn cover(&mut self, slot: Slot, end: u32, plan: &mut StepPlan) -> bool {
@@ -99,7 +99,7 @@ impl Scheduler {
             }
             match self.running.last() {
                 Some(&victim) if victim != slot => self.preempt(victim),
-                // The last in rank keeps what it has; those before it will take it if they need it.
+                // The newest keeps what it has; those before it will take it if they need it.
                 _ => return false,
             }
         }
@@ -248,11 +248,13 @@ impl Scheduler {
             details.hashes.reserve((max_blocks as usize).saturating_sub(details.hashes.len()));
         }
         if !std::mem::replace(&mut details.was_scheduled, true) {
+            details.admission = self.num_admissions;
+            self.num_admissions += 1;
             let kind = EventKind::Scheduled { num_cached_tokens };
             self.events.push(Event { request: sequence.request, choice_index: sequence.choice_index, kind });
         }
-        let rank = details.rank;
-        let index = self.running.partition_point(|&other| self.details[other as usize].rank < rank);
+        let admission = details.admission;
+        let index = self.running.partition_point(|&other| self.details[other as usize].admission < admission);
         self.running.insert(index, slot);
 
         let start = plan.new_blocks.len() as u32;

@@ -1,12 +1,12 @@
 //! The waiting queue and the order of admission.
 //!
 //! Two kinds of sequences wait. Those that had begun (preempted ones, and further choices of a prompt that is computed)
-//! stand at the head, in order of rank. New ones stand in one lane per priority and tenant: the lowest priority value
-//! is next, within it the tenant that was served least, within its lane the first to arrive. With one tenant that is
-//! the order of arrival.
+//! stand at the head, in order of arrival. New ones stand in one lane per tenant and priority: the tenant that was served
+//! least is next, of its lanes the one of the lowest priority value, within the lane the first to arrive. So a priority
+//! orders a tenant's own requests and nobody else's. With one tenant and one priority that is the order of arrival.
 //!
-//! Once a new sequence was named as the head it stays the head until it is admitted or leaves, or one of a better
-//! priority arrives: a large request that must wait for room is not passed by small ones.
+//! Once it is a tenant's turn it stays so until a sequence of it is admitted, or the one that was next leaves: a large
+//! request that must wait for room is not passed by small ones of others.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,6 +34,7 @@ enum Place {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     place: Place,
+    priority: i32,
     rank: Rank,
     tenant: TenantIndex,
     num_tokens: u64,
@@ -45,13 +46,15 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(crate) struct WaitingQueue {
     pub(crate) tenants: TenantTable,
-    lanes: BTreeMap<(i32, TenantIndex), Lane>,
+    /// By tenant and priority.
+    lanes: BTreeMap<(TenantIndex, i32), Lane>,
+    lane_tokens: u64,
     resumed: BTreeSet<(Rank, Slot)>,
     resumed_tokens: u64,
     /// By slot.
     entries: Vec<Entry>,
-    /// The new sequence that was named as the head of its priority.
-    heads: BTreeMap<i32, Slot>,
+    /// Whose new sequence is next.
+    turn: Option<TenantIndex>,
     num_waiting: u32,
     waiting_tokens: u64,
 }
@@ -67,9 +70,9 @@ impl WaitingQueue {
         self.waiting_tokens
     }
 
-    /// A new sequence, behind the others of its priority and tenant.
-    pub(crate) fn push_new(&mut self, slot: Slot, rank: Rank, tenant: TenantIndex, num_tokens: u64) {
-        let lane = self.lanes.entry((rank.priority, tenant));
+    /// A new sequence, behind the others of its tenant and priority.
+    pub(crate) fn push_new(&mut self, slot: Slot, priority: i32, rank: Rank, tenant: TenantIndex, num_tokens: u64) {
+        let lane = self.lanes.entry((tenant, priority));
         let lane = lane.or_insert(Lane { first: NO_SLOT, last: NO_SLOT, num_tokens: 0 });
         let previous = lane.last;
         match previous {
@@ -78,7 +81,8 @@ impl WaitingQueue {
         }
         lane.last = slot;
         lane.num_tokens += num_tokens;
-        let entry = Entry { place: Place::New, rank, tenant, num_tokens, previous, next: NO_SLOT };
+        self.lane_tokens += num_tokens;
+        let entry = Entry { place: Place::New, priority, rank, tenant, num_tokens, previous, next: NO_SLOT };
         self.insert(slot, entry);
     }
 
@@ -87,13 +91,13 @@ impl WaitingQueue {
         self.resumed.insert((rank, slot));
         self.resumed_tokens += num_tokens;
         let place = Place::Resumed;
-        self.insert(slot, Entry { place, rank, tenant, num_tokens, previous: NO_SLOT, next: NO_SLOT });
+        self.insert(slot, Entry { place, priority: 0, rank, tenant, num_tokens, previous: NO_SLOT, next: NO_SLOT });
     }
 
     /// A sequence that waits for another choice.
     pub(crate) fn park(&mut self, slot: Slot, rank: Rank, tenant: TenantIndex, num_tokens: u64) {
         let place = Place::Parked;
-        self.insert(slot, Entry { place, rank, tenant, num_tokens, previous: NO_SLOT, next: NO_SLOT });
+        self.insert(slot, Entry { place, priority: 0, rank, tenant, num_tokens, previous: NO_SLOT, next: NO_SLOT });
     }
 
     /// Takes a sequence out, wherever it waits; returns the tokens it brought.
@@ -108,10 +112,10 @@ impl WaitingQueue {
                 self.resumed_tokens -= entry.num_tokens;
             }
             Place::New => {
-                self.unlink(slot, entry);
-                if self.heads.get(&entry.rank.priority) == Some(&slot) {
-                    self.heads.remove(&entry.rank.priority);
+                if self.turn == Some(entry.tenant) && self.first_of(entry.tenant) == Some(slot) {
+                    self.turn = None;
                 }
+                self.unlink(slot, entry);
             }
         }
         self.entries[slot as usize].place = Place::Nowhere;
@@ -123,31 +127,45 @@ impl WaitingQueue {
 
     /// Who is to be admitted next.
     pub(crate) fn head(&mut self) -> Option<Slot> {
-        let new = self.lanes.first_key_value().map(|(&(priority, _), _)| priority);
-        if let Some(&(rank, slot)) = self.resumed.first()
-            && new.is_none_or(|priority| rank.priority <= priority)
-        {
+        if let Some(&(_, slot)) = self.resumed.first() {
             return Some(slot);
         }
-        let priority = new?;
-        if let Some(&head) = self.heads.get(&priority) {
-            return Some(head);
+        if self.turn.is_none() {
+            let key = |&tenant: &TenantIndex| {
+                let first = self.first_of(tenant).expect("the tenant has a lane");
+                (self.tenants.counter(tenant), self.entries[first as usize].rank)
+            };
+            self.turn = self.new_tenants().min_by_key(key);
         }
-        let lanes = self.lanes.range((priority, 0)..=(priority, TenantIndex::MAX));
-        let next = lanes
-            .min_by_key(|((_, tenant), lane)| (self.tenants.counter(*tenant), self.entries[lane.first as usize].rank));
-        let (_, lane) = next?;
-        self.heads.insert(priority, lane.first);
+        self.first_of(self.turn?)
+    }
+
+    /// The tenant's next new sequence: the first of its lane of the lowest priority value.
+    fn first_of(&self, tenant: TenantIndex) -> Option<Slot> {
+        let (_, lane) = self.lanes.range((tenant, i32::MIN)..=(tenant, i32::MAX)).next()?;
         Some(lane.first)
+    }
+
+    /// Tenants that have a new sequence. A step for each, however many lanes they have.
+    fn new_tenants(&self) -> impl Iterator<Item = TenantIndex> + '_ {
+        let next = |from: TenantIndex| self.lanes.range((from, i32::MIN)..).next().map(|(&(tenant, _), _)| tenant);
+        std::iter::successors(next(0), move |&tenant| next(tenant.checked_add(1)?))
     }
 
     /// Tokens that leave the queue before a new sequence of this priority and tenant will.
     pub(crate) fn tokens_ahead(&self, priority: i32, tenant: TenantId) -> u64 {
-        let lanes = self.lanes.range(..=(priority, TenantIndex::MAX));
-        let all: u64 = lanes.map(|(_, lane)| lane.num_tokens).sum();
+        let own = |priorities| {
+            let lanes = self.tenants.index_of(tenant).map(|tenant| {
+                let (from, to): (i32, i32) = priorities;
+                self.lanes.range((tenant, from)..=(tenant, to))
+            });
+            lanes.into_iter().flatten().map(|(_, lane)| lane.num_tokens).sum::<u64>()
+        };
+        let ahead = own((i32::MIN, priority));
+        let of_others = self.lane_tokens - own((i32::MIN, i32::MAX));
         // While it waits the others get as much as its tenant does, each.
-        let share = self.tenants.waiting_tokens(tenant) * u64::from(self.tenants.num_waiting_with(tenant));
-        self.resumed_tokens + all.min(share)
+        let share = ahead * u64::from(self.tenants.num_waiting_with(tenant) - 1);
+        self.resumed_tokens + ahead + of_others.min(share)
     }
 
     fn insert(&mut self, slot: Slot, entry: Entry) {
@@ -163,9 +181,10 @@ impl WaitingQueue {
     }
 
     fn unlink(&mut self, slot: Slot, entry: Entry) {
-        let key = (entry.rank.priority, entry.tenant);
+        let key = (entry.tenant, entry.priority);
         let lane = self.lanes.get_mut(&key).expect("a waiting sequence has a lane");
         lane.num_tokens -= entry.num_tokens;
+        self.lane_tokens -= entry.num_tokens;
         match entry.previous {
             NO_SLOT => lane.first = entry.next,
             previous => self.entries[previous as usize].next = entry.next,
@@ -186,13 +205,13 @@ impl WaitingQueue {
         assert_eq!(waiting.clone().count() as u32, self.num_waiting);
         assert_eq!(waiting.clone().map(|entry| entry.num_tokens).sum::<u64>(), self.waiting_tokens);
         let mut num_listed = waiting.filter(|entry| entry.place == Place::Parked).count();
-        for (&(priority, tenant), lane) in &self.lanes {
+        for (&(tenant, priority), lane) in &self.lanes {
             let mut slot = lane.first;
             let mut previous = NO_SLOT;
             let mut num_tokens = 0;
             while slot != NO_SLOT {
                 let entry = self.entries[slot as usize];
-                assert_eq!((entry.place, entry.rank.priority, entry.tenant), (Place::New, priority, tenant));
+                assert_eq!((entry.place, entry.priority, entry.tenant), (Place::New, priority, tenant));
                 assert_eq!(entry.previous, previous);
                 num_tokens += entry.num_tokens;
                 num_listed += 1;
@@ -201,10 +220,8 @@ impl WaitingQueue {
             }
             assert_eq!((previous, num_tokens), (lane.last, lane.num_tokens));
         }
-        for (&priority, &head) in &self.heads {
-            let entry = self.entries[head as usize];
-            assert_eq!((entry.place, entry.rank.priority), (Place::New, priority));
-        }
+        assert_eq!(self.lanes.values().map(|lane| lane.num_tokens).sum::<u64>(), self.lane_tokens);
+        assert!(self.turn.is_none_or(|tenant| self.first_of(tenant).is_some()), "it is the turn of nobody");
         let resumed = self.resumed.iter().map(|&(_, slot)| self.entries[slot as usize]);
         assert_eq!(resumed.clone().map(|entry| entry.num_tokens).sum::<u64>(), self.resumed_tokens);
         assert!(resumed.clone().all(|entry| entry.place == Place::Resumed));
@@ -216,8 +233,8 @@ impl WaitingQueue {
 mod tests {
     use super::*;
 
-    fn rank(priority: i32, arrival: u64) -> Rank {
-        Rank { priority, arrival, choice: 0 }
+    fn rank(arrival: u64) -> Rank {
+        Rank { arrival, choice: 0 }
     }
 
     /// Plays arrivals (priority, tenant, tokens) and returns the order in which they leave, charged when they do.
@@ -225,7 +242,7 @@ mod tests {
         let mut queue = WaitingQueue::default();
         for (slot, &(priority, tenant, num_tokens)) in arrivals.iter().enumerate() {
             let tenant = queue.tenants.enter(TenantId(tenant));
-            queue.push_new(slot as u32, rank(priority, slot as u64), tenant, num_tokens);
+            queue.push_new(slot as u32, priority, rank(slot as u64), tenant, num_tokens);
         }
         let mut order = Vec::new();
         while let Some(slot) = queue.head() {
@@ -252,26 +269,43 @@ mod tests {
         assert_eq!(order(&[(0, 1, 30), (0, 1, 10), (0, 2, 10), (0, 2, 10), (0, 2, 10), (0, 2, 10)])[..4], [0, 2, 3, 4]);
     }
 
+    /// Whatever priority a tenant gives to its requests, another's do not wait longer for it.
     #[test]
-    fn a_blocked_head_stays_the_head_until_a_better_priority_comes() {
+    fn a_priority_orders_a_tenants_own_requests_only() {
+        let mut arrivals = vec![(i32::MIN, 1, 10); 6];
+        arrivals.push((0, 2, 10));
+        arrivals.extend([(5, 3, 10), (4, 3, 10)]);
+        assert_eq!(order(&arrivals), [0, 6, 8, 1, 7, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn a_blocked_head_stays_the_head_until_its_own_tenant_has_a_better_one() {
         let mut queue = WaitingQueue::default();
         let big = queue.tenants.enter(TenantId(1));
         let small = queue.tenants.enter(TenantId(2));
-        queue.push_new(0, rank(0, 0), big, 1_000);
+        queue.push_new(0, 0, rank(0), big, 1_000);
         assert_eq!(queue.head(), Some(0));
-        queue.push_new(1, rank(0, 1), small, 1);
+        queue.push_new(1, 0, rank(1), small, 1);
         queue.tenants.charge(big, 1_000_000);
         assert_eq!(queue.head(), Some(0));
-        queue.push_new(2, rank(-1, 2), small, 1);
-        assert_eq!(queue.head(), Some(2));
-        queue.push_resumed(3, rank(0, 3), small, 1);
-        assert_eq!(queue.head(), Some(2));
-        queue.remove(2);
+        queue.push_new(2, -1, rank(2), small, 1);
+        assert_eq!(queue.head(), Some(0));
+        queue.push_new(4, -1, rank(4), big, 1);
+        assert_eq!(queue.head(), Some(4));
+        queue.check_invariants();
+        // Whoever had begun goes first.
+        queue.push_resumed(3, rank(3), small, 1);
         assert_eq!(queue.head(), Some(3));
         queue.remove(3);
+        // Its turn is over once it was served.
+        queue.remove(4);
+        assert_eq!(queue.head(), Some(2));
+        queue.remove(2);
+        queue.remove(1);
         assert_eq!(queue.head(), Some(0));
         queue.remove(0);
-        assert_eq!(queue.head(), Some(1));
+        assert_eq!(queue.head(), None);
+        queue.check_invariants();
     }
 
     #[test]
@@ -279,13 +313,13 @@ mod tests {
         let mut queue = WaitingQueue::default();
         let tenant = queue.tenants.enter(TenantId(0));
         for slot in 0..5 {
-            queue.push_new(slot, rank(0, u64::from(slot)), tenant, 1);
+            queue.push_new(slot, 0, rank(u64::from(slot)), tenant, 1);
         }
         for slot in [2, 0, 4] {
             queue.remove(slot);
             queue.check_invariants();
         }
-        queue.park(2, rank(0, 9), tenant, 1);
+        queue.park(2, rank(9), tenant, 1);
         assert_eq!((queue.head(), queue.num_waiting()), (Some(1), 3));
         for slot in [1, 3, 2] {
             queue.remove(slot);
@@ -298,13 +332,14 @@ mod tests {
         let mut queue = WaitingQueue::default();
         let flood = queue.tenants.enter(TenantId(1));
         for slot in 0..100 {
-            queue.push_new(slot, rank(0, u64::from(slot)), flood, 10);
+            queue.push_new(slot, 0, rank(u64::from(slot)), flood, 10);
         }
         assert_eq!(queue.tokens_ahead(0, TenantId(1)), 1_000);
         assert_eq!(queue.tokens_ahead(-1, TenantId(1)), 0);
         assert_eq!(queue.tokens_ahead(0, TenantId(2)), 0);
         let quiet = queue.tenants.enter(TenantId(2));
-        queue.push_new(100, rank(0, 100), quiet, 10);
+        queue.push_new(100, 0, rank(100), quiet, 10);
         assert_eq!(queue.tokens_ahead(0, TenantId(2)), 20);
+        assert_eq!(queue.tokens_ahead(-1, TenantId(2)), 0);
     }
 }

@@ -91,7 +91,7 @@ pub struct Request {
     pub tenant: TenantId,
     /// Weights beside the model's; part of the block hashes.
     pub adapter: Option<AdapterId>,
-    /// Lower runs earlier. Requests of one priority run in order of arrival.
+    /// Lower is admitted earlier among the tenant's own requests; those of one priority in order of arrival.
     pub priority: i32,
     /// First link of its chain of block hashes.
     pub cache_salt: CacheSalt,

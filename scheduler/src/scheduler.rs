@@ -31,9 +31,10 @@ pub struct Scheduler {
     /// First live choice of each live request.
     requests: BTreeMap<RequestId, Slot>,
     num_arrivals: u64,
+    pub(crate) num_admissions: u64,
     deadlines: BTreeSet<(Time, Slot)>,
 
-    /// Slots in state `Running`, in order of rank.
+    /// Slots in state `Running`, in order of their first admission.
     pub(crate) running: Vec<Slot>,
     pub(crate) num_preempting: u32,
     pub(crate) num_draining: u32,
@@ -79,6 +80,7 @@ impl Scheduler {
             num_live: 0,
             requests: BTreeMap::new(),
             num_arrivals: 0,
+            num_admissions: 0,
             deadlines: BTreeSet::new(),
             running: Vec::with_capacity(num_rows),
             num_preempting: 0,
@@ -124,9 +126,10 @@ impl Scheduler {
         let request = Arc::new(request);
         let arrival = self.num_arrivals;
         self.num_arrivals += 1;
+        let priority = self.priority(&request);
         let mut previous = NO_SLOT;
         for choice in 0..=num_others {
-            let rank = Rank { priority: self.priority(&request), arrival, choice };
+            let rank = Rank { arrival, choice };
             let slot = self.occupy(&request, rank);
             self.details[slot as usize].previous_choice = previous;
             match previous {
@@ -137,7 +140,7 @@ impl Scheduler {
             let tenant = self.sequences[slot as usize].tenant;
             if choice == 0 || fork_len == 0 {
                 self.sequences[slot as usize].transition(State::Waiting);
-                self.queue.push_new(slot, rank, tenant, u64::from(num_tokens));
+                self.queue.push_new(slot, priority, rank, tenant, u64::from(num_tokens));
                 self.details[slot as usize].leads = num_others > 0 && fork_len > 0;
             } else {
                 self.sequences[slot as usize].transition(State::Parked);
@@ -241,7 +244,7 @@ impl Scheduler {
         assert_eq!(count(State::Parked) + count(State::Waiting), self.queue.num_waiting());
         assert_eq!(count(State::Vacant), self.vacant_slots.len() as u32);
         assert_eq!(counts.iter().sum::<u32>() - count(State::Vacant), self.num_live);
-        assert!(self.running.is_sorted_by_key(|&slot| self.details[slot as usize].rank));
+        assert!(self.running.is_sorted_by_key(|&slot| self.details[slot as usize].admission));
         self.check_choices();
     }
 

@@ -11,10 +11,9 @@ pub(crate) type Slot = u32;
 pub(crate) const NO_SLOT: Slot = u32::MAX;
 pub(crate) const NO_ROW: u32 = u32::MAX;
 
-/// Order among sequences: the lower keeps its blocks and is served first.
+/// Order of arrival.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rank {
-    pub(crate) priority: i32,
     pub(crate) arrival: u64,
     pub(crate) choice: u32,
 }
@@ -130,6 +129,8 @@ pub(crate) struct Details {
     /// `None` in a vacant slot.
     pub(crate) request: Option<Arc<Request>>,
     pub(crate) rank: Rank,
+    /// When it was first admitted, as a count: among running sequences the lower keeps its blocks and is served first.
+    pub(crate) admission: u64,
     /// All generated tokens, those that the request came with counted in.
     pub(crate) generated: Vec<u32>,
     /// Of the known tokens' full blocks, as far as they were needed yet.

@@ -1,8 +1,8 @@
 //! Who has been served how much: one virtual token counter per tenant (Sheng et al. 2024, "Fairness in Serving Large
 //! Language Models").
 //!
-//! A tenant's counter grows by every token that is scheduled for it; among waiting requests of equal priority the
-//! tenant with the lowest counter is next. A tenant that comes back with an empty queue is lifted to the level at which
+//! A tenant's counter grows by every token that is scheduled for it; among tenants with waiting requests the one
+//! with the lowest counter is next. A tenant that comes back with an empty queue is lifted to the level at which
 //! the others are served, so idle time earns no credit.
 
 use std::collections::BTreeMap;
@@ -53,6 +53,11 @@ impl TenantTable {
     /// Tokens that the tenant's waiting sequences bring.
     pub(crate) fn waiting_tokens(&self, id: TenantId) -> u64 {
         self.by_id.get(&id).map_or(0, |&index| self.tenants[index as usize].waiting_tokens)
+    }
+
+    /// Where the tenant stands in the table, if it is known.
+    pub(crate) fn index_of(&self, id: TenantId) -> Option<TenantIndex> {
+        self.by_id.get(&id).copied()
     }
 
     pub(crate) fn counter(&self, index: TenantIndex) -> u64 {

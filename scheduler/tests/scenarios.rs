@@ -389,6 +389,30 @@ fn better_priorities_run_first() {
 }
 
 #[test]
+fn a_tenant_cannot_push_others_aside_with_priorities() {
+    let one_row = SchedulerConfig { max_num_seqs: 1, ..config(64) };
+    let of = |id, tenant, priority| Submit(Request { tenant: TenantId(tenant), priority, ..ask(id, 3, 1) });
+    let steps = vec![
+        (vec![of(0, 1, -9), of(1, 1, -9), of(2, 1, -9), of(3, 2, 0)], "+0 | 0:0+3* |"),
+        (vec![of(4, 1, i32::MIN)], "-0 +0 | 0:0+3* | A.0 length"),
+        (vec![], "-0 +0 | 0:0+3* | D.0 length"),
+        (vec![], "-0 +0 | 0:0+3* | E.0 length"),
+        (vec![], "-0 +0 | 0:0+3* | B.0 length"),
+    ];
+    check(one_row, 0, steps);
+}
+
+#[test]
+fn whoever_runs_loses_no_blocks_to_a_newcomer_of_better_priority() {
+    let mut rig = Rig::new(SchedulerConfig { max_model_len: 48, ..config(12) }, 0);
+    rig.act(Submit(Request { tenant: TenantId(1), ..ask(0, 16, 30) }));
+    rig.step();
+    rig.act(Submit(Request { tenant: TenantId(2), priority: -100, ..ask(1, 16, 30) }));
+    let preempted = (0..40).map(|_| rig.step()).find(|step| step.contains("preempted"));
+    assert!(preempted.as_ref().is_some_and(|step| step.contains("B.0 preempted")), "{preempted:?}");
+}
+
+#[test]
 fn a_large_request_is_not_passed_by_small_ones() {
     let steps = vec![
         (vec![Submit(ask(0, 16, 30))], "+0 | 0:0+16* |"),
