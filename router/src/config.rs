@@ -58,7 +58,8 @@ pub struct ServerConfig {
     pub max_header_bytes: u32,
     /// Header fields of a request.
     pub max_headers: usize,
-    /// How long a client may read nothing while there is something to read.
+    /// How long a client may read nothing while there is something to read: of its connection, or over HTTP/2 of a
+    /// stream, whose request then ends.
     pub write_stall_seconds: u64,
     /// Requests open at once on one HTTP/2 connection. A client that sends more waits on its side, unseen by the queue.
     pub max_concurrent_streams: u32,

@@ -19,6 +19,7 @@ pub mod metrics;
 mod random;
 pub mod served_model;
 pub mod shutdown;
+mod stall;
 pub mod telemetry;
 pub mod tokenizer;
 pub mod worker;

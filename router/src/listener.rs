@@ -18,10 +18,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
+use tokio_util::sync::CancellationToken;
+use tower::util::MapResponse;
 
 use crate::config::ServerConfig;
 use crate::metrics::{self, Listener as Kind, OpenConnection};
 use crate::shutdown::Shutdown;
+use crate::stall;
 
 /// HTTP/2 flow control: what a client may send before it is read, for a stream and for the whole connection.
 const STREAM_WINDOW: u32 = 64 << 10;
@@ -116,7 +119,7 @@ impl Listener {
             // Tokens are small and go out one by one: waiting to fill a packet would show.
             let _ = stream.set_nodelay(true);
             let connection = Connection { kind, limits, app: app.clone(), shutdown: shutdown.clone() };
-            shutdown.tasks.spawn(connection.serve(stream, permit));
+            tokio::spawn(connection.serve(stream, permit));
         }
     }
 }
@@ -145,11 +148,19 @@ impl Connection {
             () = shutdown.stopping.cancelled() => return,
         };
         let Ok(Ok(version)) = version else { return };
+        // From here on a drain waits for it: whoever says nothing holds up nothing.
+        let _busy = shutdown.tasks.token();
         let io = TokioIo::new(StallGuard { stream, limit: limits.write_stall, timer: None });
-        let service = TowerToHyperService::new(app);
         // Errors of a connection are its client's business: it left, or did not speak HTTP.
         let ended = match version {
             Version::Http2 => {
+                // Flow control is each stream's own there: a full socket is not the only way to stall.
+                let stalled = CancellationToken::new();
+                let watched = {
+                    let stalled = stalled.clone();
+                    move |response| stall::watch(response, limits.write_stall, &stalled)
+                };
+                let service = TowerToHyperService::new(MapResponse::new(app, watched));
                 let mut builder = http2::Builder::new(TokioExecutor::new());
                 builder
                     .timer(TokioTimer::new())
@@ -169,12 +180,15 @@ impl Connection {
                         tokio::select! {
                             ended = connection => ended,
                             () = shutdown.stopping.cancelled() => Ok(()),
+                            // A stream that nobody reads would keep the connection, and the drain, to the limit.
+                            () = stalled.cancelled() => Ok(()),
                         }
                     }
                 }
             }
             Version::Http1 if kind == Kind::Grpc => Ok(()),
             Version::Http1 => {
+                let service = TowerToHyperService::new(app);
                 let mut builder = http1::Builder::new();
                 builder
                     .timer(TokioTimer::new())

@@ -186,7 +186,8 @@ fn grpc_errors_have_their_codes() {
         let bad_id = wire::GenerateRequest { request_id: "a b".to_owned(), ..story(1) };
         assert_eq!(code(bad_id).await.code(), Code::InvalidArgument);
         assert_eq!(code(story(1_000_000)).await.code(), Code::InvalidArgument);
-        let resume = wire::GenerateRequest { resume: Some(wire::Resume::default()), ..story(1) };
+        // To go on, the seed must be known.
+        let resume = wire::GenerateRequest { resume: Some(wire::Resume::default()), sampling: None, ..story(1) };
         assert_eq!(code(resume).await.code(), Code::InvalidArgument);
         let large = wire::generate_request::Prompt::Text("a".repeat(200_000));
         let large = wire::GenerateRequest { prompt: Some(large), ..story(1) };
@@ -269,6 +270,54 @@ fn answers_health_and_reflection_over_grpc() {
         for name in ["quire.v1.Quire", "grpc.health.v1.Health"] {
             assert!(names.iter().any(|other| other == name), "{name} is not in {names:?}");
         }
+    });
+}
+
+/// A client that opens streams and never lets them send a byte.
+async fn unread(address: std::net::SocketAddr, request: axum::http::Request<axum::body::Body>) -> impl Sized {
+    let stream = TokioIo::new(tokio::net::TcpStream::connect(address).await.unwrap());
+    let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    let (mut sender, connection) = builder.initial_stream_window_size(0).handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let response = sender.send_request(request).await.unwrap();
+    assert_eq!(response.status(), 200);
+    (sender, response)
+}
+
+#[test]
+fn streams_that_are_not_read_end_and_hold_up_no_drain() {
+    let mut server = Server::start(&["--server.write-stall-seconds", "1", "--server.drain-timeout-seconds", "600"]);
+    runtime().block_on(async {
+        let over_http = axum::http::Request::post(format!("http://{}/v1/completions", server.http))
+            .header("content-type", "application/json")
+            .body(axum::body::Body::from(STORY))
+            .unwrap();
+        let message = prost::Message::encode_to_vec(&story(1900));
+        let mut framed = vec![0];
+        framed.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
+        framed.extend(message);
+        let over_grpc = axum::http::Request::post(format!("http://{}/quire.v1.Quire/GenerateStream", server.grpc))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(axum::body::Body::from(framed))
+            .unwrap();
+        let _http = unread(server.http, over_http).await;
+        let _grpc = unread(server.grpc, over_grpc).await;
+        let deadline = Instant::now() + LIMIT;
+        let mut client = client(&server).await;
+        loop {
+            let stats = client.stats(wire::StatsRequest {}).await.unwrap().into_inner();
+            if (stats.num_requests_in_flight, stats.num_running, stats.num_used_blocks) == (0, 0, 0) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "a stream that nobody reads is kept: {stats:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        drop(client);
+        // Both connections are still open, with a stream each that waits to be read.
+        server.signal("TERM");
+        let ended = tokio::task::spawn_blocking(move || server.wait().0.code()).await.unwrap();
+        assert_eq!(ended, Some(0));
     });
 }
 
