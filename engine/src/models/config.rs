@@ -187,6 +187,14 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// `num_key_value_heads`. In the models' own code a key that is absent has the default of the architecture, and one that
+    /// is `null` means a head for every head of the queries.
+    pub(crate) fn num_kv_heads(&self, shape: &Shape, default: usize) -> Result<usize, EngineError> {
+        let name = "num_key_value_heads";
+        let default = if self.is_null(name) { shape.num_heads } else { default };
+        Ok(self.optional_size(name, 1..=1024)?.unwrap_or(default))
+    }
+
     pub(crate) fn flag(&self, name: &str, default: bool) -> Result<bool, EngineError> {
         match self.get(name) {
             None => Ok(default),
@@ -439,6 +447,21 @@ mod tests {
         }
         for bytes in [&b""[..], b"[]", b"{", b"{\"hidden_size\": NaN}", "[".repeat(100_000).as_bytes()] {
             assert!(matches!(ModelConfig::parse(bytes), Err(EngineError::ModelFile { .. })));
+        }
+    }
+
+    #[test]
+    fn a_null_number_of_kv_heads_is_not_an_absent_one() {
+        for (architecture, absent) in
+            [("LlamaForCausalLM", 64), ("MistralForCausalLM", 8), ("Qwen2ForCausalLM", 32), ("Qwen3ForCausalLM", 32)]
+        {
+            let mut config = with("num_attention_heads", json!(64));
+            config["head_dim"] = json!(16);
+            config["architectures"] = json!([architecture]);
+            config["num_key_value_heads"] = Value::Null;
+            assert_eq!(parse(&config).unwrap().facts.num_kv_heads, 64, "{architecture}");
+            config.as_object_mut().unwrap().remove("num_key_value_heads");
+            assert_eq!(parse(&config).unwrap().facts.num_kv_heads, absent, "{architecture}");
         }
     }
 

@@ -18,7 +18,7 @@ pub(crate) fn facts(fields: &Fields<'_>, shape: &Shape) -> Result<Facts, EngineE
     let layer_types =
         fields.layer_types(shape.num_layers)?.unwrap_or_else(|| vec![LayerType::Sliding; shape.num_layers]);
     Ok(Facts {
-        num_kv_heads: fields.optional_size("num_key_value_heads", 1..=1024)?.unwrap_or(8),
+        num_kv_heads: fields.num_kv_heads(shape, 8)?,
         head_dim: fields.optional_size("head_dim", 1..=MAX_HEAD_DIM)?.unwrap_or(shape.default_head_dim()),
         qkv_bias: false,
         o_bias: false,

@@ -11,7 +11,7 @@ pub(crate) const NAME: &str = "Qwen2ForCausalLM";
 /// `use_sliding_window` is set.
 pub(crate) fn facts(fields: &Fields<'_>, shape: &Shape) -> Result<Facts, EngineError> {
     Ok(Facts {
-        num_kv_heads: fields.optional_size("num_key_value_heads", 1..=1024)?.unwrap_or(32),
+        num_kv_heads: fields.num_kv_heads(shape, 32)?,
         head_dim: fields.optional_size("head_dim", 1..=MAX_HEAD_DIM)?.unwrap_or(shape.default_head_dim()),
         qkv_bias: true,
         o_bias: false,

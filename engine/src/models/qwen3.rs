@@ -12,7 +12,7 @@ pub(crate) const NAME: &str = "Qwen3ForCausalLM";
 pub(crate) fn facts(fields: &Fields<'_>, shape: &Shape) -> Result<Facts, EngineError> {
     let attention_bias = fields.flag("attention_bias", false)?;
     Ok(Facts {
-        num_kv_heads: fields.optional_size("num_key_value_heads", 1..=1024)?.unwrap_or(32),
+        num_kv_heads: fields.num_kv_heads(shape, 32)?,
         head_dim: fields.optional_size("head_dim", 1..=MAX_HEAD_DIM)?.unwrap_or(128),
         qkv_bias: attention_bias,
         o_bias: attention_bias,
