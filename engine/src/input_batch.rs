@@ -59,6 +59,8 @@ pub(crate) struct InputBatch {
     shape: TableShape,
     /// Who is in each row.
     requests: Vec<Option<Arc<Request>>>,
+    /// Which choice of its request a row is.
+    choices: Vec<u32>,
     /// Per KV group the flat table `[max_num_seqs, max_num_blocks]`, as the device has it after the step's updates.
     pub block_tables: Vec<Vec<u32>>,
     /// Blocks in each row's tables.
@@ -86,6 +88,7 @@ impl InputBatch {
         Self {
             shape,
             requests: vec![None; seqs],
+            choices: vec![0; seqs],
             block_tables: vec![vec![0; table_len]; num_kv_groups],
             table_lens: vec![0; seqs],
             table_updates: Vec::with_capacity(seqs * num_kv_groups),
@@ -117,6 +120,7 @@ impl InputBatch {
         }
         for admission in &plan.admitted {
             self.requests[admission.row.0 as usize] = Some(Arc::clone(&admission.request));
+            self.choices[admission.row.0 as usize] = admission.choice_index;
             self.table_lens[admission.row.0 as usize] = 0;
         }
         let max_num_blocks = self.shape.max_num_blocks();
@@ -194,10 +198,14 @@ impl InputBatch {
         self.table_updates.extend((0..num_groups).map(|group| TableUpdate { group, offset, len: count }));
     }
 
-    /// The prompt tokens whose distribution is computed by the positions `range` of a row.
+    /// The prompt tokens whose distribution is computed by the positions `range` of a row. The first choice scores the prompt
+    /// for all of them; where tokens were generated elsewhere, it was scored there.
     fn add_prompt_tokens(&mut self, sequence: u32, row: usize, range: std::ops::Range<usize>) {
         let request = self.requests[row].as_ref().expect("a scheduled row was admitted");
         let Some(num_top) = request.sampling.prompt_logprobs else { return };
+        if self.choices[row] != request.choice_offset || !request.generated.is_empty() {
+            return;
+        }
         let end = range.end.min(request.prompt.len().saturating_sub(1));
         self.prompt_tokens.extend((range.start..end).map(|position| PromptToken {
             sequence,
@@ -329,6 +337,15 @@ mod tests {
         assert_eq!(batch.gather, [1, 0]);
         batch.build(&plan(vec![], &[(0, 5, 1, &[], true)]));
         assert!(batch.prompt_tokens.is_empty());
+    }
+
+    #[test]
+    fn a_prompt_is_scored_once_for_all_choices() {
+        let mut batch = InputBatch::new(shape(1));
+        let choice = |row, choice_index| Admission { choice_index, ..admission(row, &prompt(5), &[], Some(2)) };
+        batch.build(&plan(vec![choice(0, 0), choice(1, 1)], &[(0, 0, 5, &[1], true), (1, 0, 5, &[2], true)]));
+        assert_eq!(batch.prompt_tokens.len(), 4);
+        assert!(batch.prompt_tokens.iter().all(|token| token.sequence == 0));
     }
 
     #[test]
