@@ -9,8 +9,6 @@ use crate::models::config::ModelConfig;
 
 /// Share of the free memory that the cache takes where nobody says how much, in percent.
 const FREE_MEMORY_PERCENT: u64 = 60;
-/// Where a system does not say how much memory is free.
-const UNKNOWN_FREE_BYTES: u64 = 4 << 30;
 /// Slots are `u32` on the device.
 const MAX_SLOTS: u64 = 1 << 31;
 
@@ -130,34 +128,6 @@ fn config_error(field: &str, why: String) -> EngineError {
     EngineError::Config { field: field.to_owned(), why }
 }
 
-/// Bytes that this process could still take: what the system has, within what its control group allows.
-pub(crate) fn free_memory() -> u64 {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    let system = read("/proc/meminfo").and_then(|text| mem_available(&text)).unwrap_or(UNKNOWN_FREE_BYTES);
-    let number = |path: &str| read(path).and_then(|text| text.trim().parse::<u64>().ok());
-    match (number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")) {
-        (Some(max), Some(current)) => {
-            let cached = read("/sys/fs/cgroup/memory.stat").map_or(0, |text| page_cache(&text));
-            system.min(max.saturating_sub(current.saturating_sub(cached)))
-        }
-        _ => system,
-    }
-}
-
-/// Bytes of a control group that are file pages: the kernel gives them up when memory is wanted. Right after a model was
-/// read they are as many as its files.
-fn page_cache(memory_stat: &str) -> u64 {
-    let value =
-        |key: &str| -> Option<u64> { memory_stat.lines().find_map(|line| line.strip_prefix(key)?.trim().parse().ok()) };
-    ["inactive_file ", "active_file "].iter().filter_map(|key| value(key)).sum()
-}
-
-fn mem_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,17 +188,5 @@ mod tests {
         assert!(error.contains("0 blocks"), "{error}");
         let error = plan(257, Budget::Exact(1 << 30)).unwrap_err().to_string();
         assert!(error.contains("max_model_len") && error.contains("256"), "{error}");
-    }
-
-    #[test]
-    fn file_pages_of_a_control_group_count_as_free() {
-        assert_eq!(page_cache("anon 5\nfile 9\ninactive_file 4\nactive_file 3\n"), 7);
-        assert_eq!(page_cache("anon 5\n"), 0);
-    }
-
-    #[test]
-    fn meminfo_is_read_in_kibibytes() {
-        assert_eq!(mem_available("MemTotal: 8 kB\nMemAvailable:   12 kB\n"), Some(12288));
-        assert_eq!(mem_available("MemTotal: 8 kB\n"), None);
     }
 }

@@ -18,6 +18,7 @@ mod executor;
 mod handle;
 mod input_batch;
 mod kv_cache;
+mod memory;
 mod model_executor;
 mod models;
 mod observer;
@@ -53,6 +54,8 @@ pub fn start(
     scheduler: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
+    // What needs no model is refused before minutes of loading one.
+    step_loop::check_depth(engine.pipeline_depth)?;
     let (device, note) = executor::open_device(engine)?;
     match device {
         Device::Cpu(backend) => start_on(backend, source, engine, scheduler, observer, note),

@@ -17,6 +17,7 @@ use crate::executor::Executor;
 use crate::handle::{MAX_LOGPROBS, ModelInfo};
 use crate::input_batch::{InputBatch, TableShape};
 use crate::kv_cache::{self, Budget, KvPlan};
+use crate::memory;
 use crate::models::config::{ModelConfig, generation_eos};
 use crate::models::decoder::{Decoder, EMBEDDING, LOGITS_TILE, StepInputs, WeightChoice};
 use crate::sampler::SamplerRows;
@@ -141,7 +142,7 @@ impl<B: Backend> ModelExecutor<B> {
         let decoder = Decoder::load(&mut backend, config, &weights, choice, max_num_tokens, &windows)?;
         let digest = weights.digest();
         drop(weights);
-        let free = kv_cache::free_memory();
+        let free = memory::free_memory();
         let budget = exact.unwrap_or(Budget::ShareOf(free));
         let config = decoder.config();
         let kv_plan = KvPlan::new(config, dtype, settings, budget)?;

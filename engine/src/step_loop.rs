@@ -26,13 +26,8 @@ pub(crate) fn spawn<E: Executor>(
     pipeline_depth: u32,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
-    if pipeline_depth > 1 {
-        return Err(EngineError::Config {
-            field: "engine.pipeline_depth".to_owned(),
-            why: format!("{pipeline_depth} is not 0 or 1"),
-        });
-    }
-    let shared = Arc::new(Shared::new(model));
+    check_depth(pipeline_depth)?;
+    let shared = Arc::new(Shared::new(model, scheduler.config().max_waiting_tokens));
     *lock(&shared.stats) = scheduler.stats();
     let mut step_loop = StepLoop {
         known_lens: vec![0; scheduler.config().max_num_seqs as usize],
@@ -76,6 +71,17 @@ fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
         payload.downcast_ref::<String>().map_or("without a message", String::as_str)
     }
 }
+/// Fails where so many steps cannot be in flight while the next is planned.
+pub(crate) fn check_depth(pipeline_depth: u32) -> Result<(), EngineError> {
+    if pipeline_depth > 1 {
+        return Err(EngineError::Config {
+            field: "engine.pipeline_depth".to_owned(),
+            why: format!("{pipeline_depth} is not 0 or 1"),
+        });
+    }
+    Ok(())
+}
+
 
 struct StepLoop<E: Executor> {
     scheduler: Scheduler,

@@ -284,3 +284,12 @@ fn what_cannot_work_is_named_before_it_is_tried() {
     let nowhere = ModelSource::Directory("/nowhere/at/all".into());
     assert!(load(&nowhere, &config, &settings()).err().unwrap().contains("config.json"));
 }
+
+/// A setting that no model can change is refused before any file of one is looked at.
+#[test]
+fn a_depth_that_cannot_be_is_refused_before_the_model_is_loaded() {
+    let source = ModelSource::Directory("/no/such/directory".into());
+    let engine = EngineConfig { pipeline_depth: 2, ..EngineConfig::default() };
+    let error = quire_engine::start(&source, &engine, &settings(), Box::new(Recorder::default())).err();
+    assert!(matches!(&error, Some(EngineError::Config { field, .. }) if field == "engine.pipeline_depth"), "{error:?}");
+}
