@@ -36,9 +36,12 @@ pub enum SubmitError {
     /// The scheduler refused it.
     #[error(transparent)]
     Scheduler(#[from] quire_scheduler::SubmitError),
-    /// So many commands wait for the next step boundary that no more are taken.
+    /// So many submissions, or tokens in them, wait for the next step boundary that no more are taken.
     #[error("the engine's command queue is full")]
-    CommandQueueFull,
+    CommandQueueFull {
+        /// When to come back, in microseconds from now: when what waits should have left, by the pace measured so far.
+        retry_after_micros: u64,
+    },
     /// The engine is stopping or has failed.
     #[error("the engine is stopped")]
     Stopped,

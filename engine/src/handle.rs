@@ -248,12 +248,14 @@ pub(crate) struct Shared {
     origin: Instant,
     /// When the running step began, in microseconds since `origin` and one; 0 while there is no work.
     busy_since: AtomicU64,
+    /// Most tokens that wait in the inbox: as many as may wait in the scheduler's queue.
+    max_queued_tokens: u64,
     has_stopped: AtomicBool,
 }
 
 /// What waits for the next step boundary.
 struct Inbox {
-    /// At most [`MAX_QUEUED_SUBMISSIONS`].
+    /// Bounded in number and in tokens.
     submissions: VecDeque<QueuedSubmission>,
     /// When each was asked for. At most one per request that was ever taken, and emptied at every boundary.
     aborts: BTreeMap<RequestId, Instant>,
@@ -262,6 +264,8 @@ struct Inbox {
     is_open: bool,
 }
 
+    /// That they bring.
+    num_tokens: u64,
 /// A submission and whom to tell whether it was taken.
 pub(crate) struct QueuedSubmission {
     pub submission: Submission,
@@ -271,6 +275,44 @@ pub(crate) struct QueuedSubmission {
 }
 
 /// What the engine's thread found in the inbox.
+/// Tokens that a submission brings.
+fn num_tokens(submission: &Submission) -> u64 {
+    (submission.prompt.len() + submission.generated.len()) as u64
+}
+
+/// Whether something bounded by `limit` has room for `added` more of one of `num_tenants` tenants, which has `own` of the
+/// `total` in it: while one tenant fills it, the others are still taken up to their equal share; at twice the limit
+/// nobody is.
+fn has_room(total: u64, own: u64, added: u64, num_tenants: u64, limit: u64) -> bool {
+    let all = total.saturating_add(added);
+    all <= limit || (own + added <= limit / num_tenants && all <= limit.saturating_mul(2))
+}
+
+impl Inbox {
+    fn has_room(&self, submission: &Submission, max_tokens: u64) -> bool {
+        let (count, added) = (self.submissions.len() as u64, num_tokens(submission));
+        // One that could never be taken is the scheduler's to refuse, with the reason.
+        if count == 0 || (count < MAX_QUEUED_SUBMISSIONS as u64 && self.num_tokens + added <= max_tokens) {
+            return true;
+        }
+        let (mut tenants, mut own_count, mut own_tokens) = (BTreeSet::from([submission.tenant]), 0, 0);
+        for QueuedSubmission { submission: queued, .. } in &self.submissions {
+            tenants.insert(queued.tenant);
+            if queued.tenant == submission.tenant {
+                own_count += 1;
+                own_tokens += num_tokens(queued);
+            }
+        }
+        let num_tenants = tenants.len() as u64;
+        has_room(count, own_count, 1, num_tenants, MAX_QUEUED_SUBMISSIONS as u64)
+            && has_room(self.num_tokens, own_tokens, added, num_tenants, max_tokens)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.submissions.is_empty() && self.aborts.is_empty() && self.ended_choices.is_empty()
+    }
+}
+
 #[derive(Default)]
 pub(crate) struct Commands {
     pub submissions: Vec<QueuedSubmission>,
@@ -286,9 +328,16 @@ pub(crate) enum Wait {
 }
 
 impl Shared {
-    pub(crate) fn new(model: ModelInfo) -> Self {
-        let inbox =
-            Inbox { submissions: VecDeque::new(), aborts: BTreeMap::new(), next_id: 0, shutdown: false, is_open: true };
+    pub(crate) fn new(model: ModelInfo, max_queued_tokens: u64) -> Self {
+        let inbox = Inbox {
+            submissions: VecDeque::new(),
+            num_tokens: 0,
+            aborts: BTreeMap::new(),
+            ended_choices: BTreeSet::new(),
+            next_id: 0,
+            shutdown: false,
+            is_open: true,
+        };
         Self {
             model,
             inbox: Mutex::new(inbox),
@@ -301,6 +350,7 @@ impl Shared {
         }
     }
 
+            max_queued_tokens,
     /// The scheduler's clock.
     pub(crate) fn time(&self, at: Instant) -> Time {
         let micros = at.saturating_duration_since(self.origin).as_micros();
@@ -317,8 +367,12 @@ impl Shared {
         if !inbox.is_open {
             return Err(SubmitError::Stopped);
         }
-        if inbox.submissions.len() >= MAX_QUEUED_SUBMISSIONS {
-            return Err(SubmitError::CommandQueueFull);
+        if !inbox.has_room(&submission, self.max_queued_tokens) {
+            let num_tokens = inbox.num_tokens;
+            drop(inbox);
+            let stats = lock(&self.stats);
+            let retry_after_micros = stats.queue_pace.retry_after_micros(stats.waiting_tokens + num_tokens);
+            return Err(SubmitError::CommandQueueFull { retry_after_micros });
         }
         let id = RequestId(inbox.next_id);
         inbox.next_id += 1;
@@ -330,6 +384,7 @@ impl Shared {
         Ok(())
     }
 
+        inbox.num_tokens += num_tokens(&submission);
     fn abort(&self, id: RequestId) {
         let mut inbox = lock(&self.inbox);
         if inbox.is_open && id.0 < inbox.next_id {
@@ -399,6 +454,8 @@ impl Shared {
 
 /// Most events that a request can get, so that the engine never waits for its reader.
 fn num_events(submission: &Submission, max_model_len: u32) -> usize {
+        let taken_tokens: u64 = commands.submissions.iter().map(|queued| num_tokens(&queued.submission)).sum();
+        inbox.num_tokens -= taken_tokens;
     let sampling = &submission.sampling;
     let prompt = if sampling.prompt_logprobs.is_some() { submission.prompt.len() } else { 0 };
     let per_choice = submission.max_tokens.min(max_model_len) as usize + prompt + 4;
@@ -410,3 +467,4 @@ fn num_events(submission: &Submission, max_model_len: u32) -> usize {
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+            inbox.num_tokens = 0;

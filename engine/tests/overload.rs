@@ -1,22 +1,33 @@
 //! Ten times more than there is room for: what is refused is told when to come back, what was taken finishes.
 
-use quire_engine::scheduler::{FinishReason, SubmitError as Refusal};
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+
+use quire_engine::scheduler::{FinishReason, SubmitError as Refusal, TenantId};
 use quire_engine::testing::{FakeExecutor, Gate, Recorder, fake_model, read_all, start_with, submission};
-use quire_engine::{EngineHandle, ModelInfo, SchedulerSettings, SubmitError};
+use quire_engine::{EngineHandle, ModelInfo, SchedulerSettings, Submission, SubmitError};
 
 const PROMPT_LEN: usize = 32;
 const MAX_TOKENS: u32 = 8;
 const MAX_WAITING: usize = 20;
 
-fn start(gate: &Gate) -> EngineHandle {
+fn start(gate: &Gate, max_waiting_tokens: u64) -> EngineHandle {
     let model = ModelInfo { num_blocks: 32, max_model_len: 256, ..fake_model(1000) };
     let settings = SchedulerSettings {
         max_num_seqs: 4,
         max_num_batched_tokens: 64,
-        max_waiting_tokens: (MAX_WAITING * PROMPT_LEN) as u64,
+        max_waiting_tokens,
         ..SchedulerSettings::default()
     };
     start_with(FakeExecutor::new(1000).gated(gate), model, &settings, 0, Box::new(Recorder::default())).unwrap()
+}
+
+fn poll_once<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
+    match Pin::new(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => Some(output),
+        Poll::Pending => None,
+    }
 }
 
 fn prompt(first: u32) -> Vec<u32> {
@@ -26,7 +37,7 @@ fn prompt(first: u32) -> Vec<u32> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn refused_with_a_time_to_come_back() {
     let gate = Gate::closed();
-    let handle = start(&gate);
+    let handle = start(&gate, (MAX_WAITING * PROMPT_LEN) as u64);
     // Holds the first step, so that all others come while it runs.
     let mut first = handle.submit(submission(&prompt(0), MAX_TOKENS)).await.unwrap();
     gate.wait_until_held();
@@ -50,7 +61,8 @@ async fn refused_with_a_time_to_come_back() {
             }
             Err(SubmitError::Scheduler(
                 Refusal::QueueFull { retry_after_micros, .. } | Refusal::WaitTooLong { retry_after_micros, .. },
-            )) => {
+            ))
+            | Err(SubmitError::CommandQueueFull { retry_after_micros }) => {
                 assert!(retry_after_micros > 0);
                 num_refused += 1;
             }
@@ -67,28 +79,57 @@ async fn refused_with_a_time_to_come_back() {
     assert_eq!(read_all(&mut after).await[0].finish, Some(FinishReason::Length));
 }
 
-/// A step that hangs does not let an unbounded number of callers pile up behind it.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_command_queue_is_bounded() {
-    let gate = Gate::closed();
-    let handle = start(&gate);
+/// Submits while a step hangs: how many are taken into the queue, and how many refused.
+async fn flood(handle: &EngineHandle, gate: &Gate, prompts: impl Iterator<Item = Submission>) -> (usize, usize) {
     let _first = handle.submit(submission(&prompt(0), MAX_TOKENS)).await.unwrap();
     gate.wait_until_held();
-    let (answers, mut answered) = tokio::sync::mpsc::channel(4096);
-    for i in 0..1100 {
-        let (handle, answers) = (handle.clone(), answers.clone());
-        tokio::spawn(async move {
-            let answer = handle.submit(submission(&prompt(i), MAX_TOKENS)).await.map(drop);
-            answers.send(answer).await.unwrap();
-        });
+    let mut waiting = Vec::new();
+    let mut num_refused = 0;
+    for submission in prompts {
+        let mut submit = Box::pin(handle.submit(submission));
+        // The engine answers nobody while it computes: whoever has an answer found the queue full.
+        match poll_once(&mut submit) {
+            None => waiting.push(submit),
+            Some(Err(SubmitError::CommandQueueFull { retry_after_micros })) => {
+                assert!(retry_after_micros > 0);
+                num_refused += 1;
+            }
+            Some(other) => panic!("{:?}", other.map(drop)),
+        }
     }
-    // The engine answers nobody while it computes, so these are the ones that found the queue full.
-    for _ in 0..1100 - 1024 {
-        assert_eq!(answered.recv().await.unwrap(), Err(SubmitError::CommandQueueFull));
-    }
+    let num_waiting = waiting.len();
     gate.open();
-    for _ in 0..1024 {
-        let answer = answered.recv().await.unwrap();
+    for answer in waiting {
+        let answer = answer.await.map(drop);
         assert!(matches!(answer, Ok(()) | Err(SubmitError::Scheduler(_))), "{answer:?}");
     }
+    (num_waiting, num_refused)
+}
+
+/// A step that hangs does not let an unbounded number of callers pile up behind it.
+#[tokio::test]
+async fn the_command_queue_is_bounded_in_number() {
+    let gate = Gate::closed();
+    let handle = start(&gate, 1 << 40);
+    let counts = flood(&handle, &gate, (0..1100).map(|i| submission(&[i % 1000], MAX_TOKENS))).await;
+    assert_eq!(counts, (1024, 1100 - 1024));
+}
+
+#[tokio::test]
+async fn the_command_queue_is_bounded_in_tokens() {
+    let gate = Gate::closed();
+    let handle = start(&gate, (MAX_WAITING * PROMPT_LEN) as u64);
+    let counts = flood(&handle, &gate, (0..100).map(|i| submission(&prompt(i), MAX_TOKENS))).await;
+    assert_eq!(counts, (MAX_WAITING, 100 - MAX_WAITING));
+}
+
+/// While one tenant fills it, another is still taken up to its share.
+#[tokio::test]
+async fn the_command_queue_is_shared_by_tenants() {
+    let gate = Gate::closed();
+    let handle = start(&gate, (MAX_WAITING * PROMPT_LEN) as u64);
+    let of = |tenant, i| Submission { tenant: TenantId(tenant), ..submission(&prompt(i), MAX_TOKENS) };
+    let submissions = (0..100).map(|i| of(1, i)).chain((0..100).map(|i| of(2, i)));
+    let counts = flood(&handle, &gate, submissions).await;
+    assert_eq!(counts, (MAX_WAITING + MAX_WAITING / 2, 200 - MAX_WAITING - MAX_WAITING / 2));
 }

@@ -15,15 +15,45 @@ const RETRY_MICROS: std::ops::RangeInclusive<u64> = 1_000..=600_000_000;
 /// a queue that nobody fills drains slowly.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
-    tokens: u64,
-    micros: u64,
+    measured: QueuePace,
     /// Left the queue since the last step was applied.
     drained: u64,
     /// When the last step was applied, if something waited then.
     busy_since: Option<Time>,
 }
 
+/// What was measured: so many tokens left the queue in so many microseconds in which somebody waited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueuePace {
+    tokens: u64,
+    micros: u64,
+}
+
+impl QueuePace {
+    /// Microseconds until so many waiting tokens have left the queue; `None` before there is evidence: enough time, and
+    /// something that left. Sequences that run for long say nothing of the pace at which rows become free.
+    #[must_use]
+    pub fn predict(&self, num_tokens: u64) -> Option<u64> {
+        if self.micros < TRUST_MICROS || self.tokens == 0 {
+            return None;
+        }
+        let micros = u128::from(num_tokens) * u128::from(self.micros) / u128::from(self.tokens);
+        Some(u64::try_from(micros).unwrap_or(u64::MAX))
+    }
+
+    /// When a caller should come back for whom so many tokens must leave the queue first, in microseconds: neither a busy
+    /// loop nor an eternity.
+    #[must_use]
+    pub fn retry_after_micros(&self, num_tokens: u64) -> u64 {
+        Pace::clamp_retry(self.predict(num_tokens).unwrap_or(UNKNOWN_RETRY_MICROS))
+    }
+}
+
 impl Pace {
+    pub(crate) fn measured(&self) -> QueuePace {
+        self.measured
+    }
+
     /// A sequence left the queue for a row.
     pub(crate) fn drain(&mut self, num_tokens: u64) {
         self.drained += num_tokens;
@@ -32,30 +62,26 @@ impl Pace {
     /// A step was applied.
     pub(crate) fn step(&mut self, now: Time, waiting_tokens: u64) {
         if let Some(since) = self.busy_since {
-            self.tokens += self.drained;
-            self.micros += now.0.saturating_sub(since.0);
-            if self.micros > MEMORY_MICROS {
-                self.tokens /= 2;
-                self.micros /= 2;
+            let measured = &mut self.measured;
+            measured.tokens += self.drained;
+            measured.micros += now.0.saturating_sub(since.0);
+            if measured.micros > MEMORY_MICROS {
+                measured.tokens /= 2;
+                measured.micros /= 2;
             }
         }
         self.drained = 0;
         self.busy_since = (waiting_tokens > 0).then_some(now);
     }
 
-    /// Microseconds until so many waiting tokens have left the queue; `None` before there is evidence: enough time, and
-    /// something that left. Sequences that run for long say nothing of the pace at which rows become free.
+    /// As [`QueuePace::predict`].
     pub(crate) fn predict(&self, num_tokens: u64) -> Option<u64> {
-        if self.micros < TRUST_MICROS || self.tokens == 0 {
-            return None;
-        }
-        let micros = u128::from(num_tokens) * u128::from(self.micros) / u128::from(self.tokens);
-        Some(u64::try_from(micros).unwrap_or(u64::MAX))
+        self.measured.predict(num_tokens)
     }
 
-    /// When a caller should come back for whom so many tokens must leave the queue first.
+    /// As [`QueuePace::retry_after_micros`].
     pub(crate) fn retry_after_micros(&self, num_tokens: u64) -> u64 {
-        Self::clamp_retry(self.predict(num_tokens).unwrap_or(UNKNOWN_RETRY_MICROS))
+        self.measured.retry_after_micros(num_tokens)
     }
 
     /// A time to tell a refused caller: neither a busy loop nor an eternity.

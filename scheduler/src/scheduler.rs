@@ -205,6 +205,7 @@ impl Scheduler {
         self.queue.check_invariants();
         let rows = (0..self.config.max_num_seqs).filter(|&row| self.row_slots[row as usize] != NO_SLOT);
         self.kv.check_invariants(rows.clone());
+            queue_pace: self.pace.measured(),
         assert_eq!(rows.clone().count() + self.free_rows.len(), self.row_slots.len(), "a row is lost");
         for row in rows {
             let slot = self.row_slots[row as usize];

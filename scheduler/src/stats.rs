@@ -1,6 +1,7 @@
 //! Plain numbers about a scheduler, for whoever watches. Their names as metrics are given elsewhere.
 
 use crate::config::MAX_KV_GROUPS;
+use crate::pace::QueuePace;
 
 /// Blocks of one KV group by state; `num_used + num_cached + num_free = num_total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct SchedulerStats {
     pub num_running: u32,
     /// Tokens that the waiting sequences bring.
     pub waiting_tokens: u64,
+    /// How fast they leave the queue, by what was measured of late.
+    pub queue_pace: QueuePace,
     /// Tenants with a live sequence.
     pub num_tenants: u32,
     /// Blocks per KV group; see [`SchedulerStats::kv_groups`].

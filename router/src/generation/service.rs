@@ -122,11 +122,6 @@ impl GenerationService {
             stop_token_ids: checked.stop_token_ids.clone(),
             deadline,
         };
-        let source = worker.submit(submission).await.map_err(|error| match error {
-            SubmitError::Scheduler(refusal) => validate::refusal(refusal),
-            SubmitError::CommandQueueFull => ApiError::Overloaded { retry_after_seconds: 1 },
-            SubmitError::Stopped => ApiError::Unavailable { why: "the engine is stopped" },
-        })?;
         let rules = ChoiceRules {
             table: Arc::clone(model.table()),
             stops: checked.stops,
@@ -136,7 +131,20 @@ impl GenerationService {
             eos_token_ids: if ignore_eos { Vec::new() } else { model.info().eos_token_ids.clone() },
             special_tokens: checked.special_tokens,
         };
-        Ok(Started { request_id, seed, prompt, created, source, entered, rules, num_choices })
+        let mut events = VecDeque::new();
+        let mut choices: Vec<Choice> =
+            (choice_offset..choice_offset + num_choices).map(|index| Choice::new(index, &rules)).collect();
+        for choice in &mut choices {
+            choice.replay(&submission.generated, &rules, |event| events.push_back(event));
+        }
+        let source = worker.submit(submission).await.map_err(|error| match error {
+            SubmitError::Scheduler(refusal) => validate::refusal(refusal),
+            SubmitError::CommandQueueFull { retry_after_micros } => {
+                ApiError::Overloaded { retry_after_seconds: validate::whole_seconds(retry_after_micros) }
+            }
+            SubmitError::Stopped => ApiError::Unavailable { why: "the engine is stopped" },
+        })?;
+        Ok(Started { request_id, seed, prompt, created, source, entered, rules, choices, events })
     }
 
     /// The tokens that `input` would be served as.

@@ -267,8 +267,13 @@ pub(super) fn refusal(error: Refusal) -> ApiError {
             message: format!("{num_tokens} tokens of prompt and output exceed the model's length of {max_model_len}"),
         },
         Refusal::QueueFull { retry_after_micros, .. } | Refusal::WaitTooLong { retry_after_micros, .. } => {
-            ApiError::Overloaded { retry_after_seconds: seconds(retry_after_micros) }
+            ApiError::Overloaded { retry_after_seconds: whole_seconds(retry_after_micros) }
         }
         Refusal::Invalid { field, why } => invalid(field, why),
     }
 }
+/// At least one: what Retry-After is counted in.
+pub(super) fn whole_seconds(micros: u64) -> u64 {
+    micros.div_ceil(1_000_000).max(1)
+}
+
