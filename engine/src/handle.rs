@@ -437,6 +437,12 @@ impl Shared {
 
     /// The engine's thread ends: nothing is taken any more, and what waits is answered.
     pub(crate) fn stop(&self, failure: Option<String>) {
+    /// Whether there is something to take.
+    pub(crate) fn has_commands(&self) -> bool {
+        let inbox = lock(&self.inbox);
+        !inbox.is_empty() || inbox.shutdown
+    }
+
         *lock(&self.failure) = failure;
         let waiting = {
             let mut inbox = lock(&self.inbox);

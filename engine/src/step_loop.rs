@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quire_scheduler::{Event, EventKind, Request, RequestId, Scheduler, StepPlan, Time};
+use quire_scheduler::{Event, EventKind, IdleCheck, Request, RequestId, Scheduler, StepPlan, Time};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -17,6 +17,11 @@ use crate::observer::{StepObserver, StepReport};
 /// Submissions taken between two steps: what is left waits for the next boundary, so that a flood of them does not
 /// hold up those who run.
 const MAX_SUBMISSIONS_PER_STEP: usize = 64;
+
+/// How often an idle engine looks at all of the scheduler's state.
+const CHECK_EVERY: Duration = Duration::from_secs(10);
+/// What it looks at before it asks again whether somebody came: some tens of microseconds.
+const CHECK_ITEMS: usize = 1024;
 
 /// Starts the thread. `pipeline_depth` is how many steps may be in flight while the next is planned: 0 or 1.
 pub(crate) fn spawn<E: Executor>(
@@ -30,6 +35,8 @@ pub(crate) fn spawn<E: Executor>(
     let shared = Arc::new(Shared::new(model, scheduler.config().max_waiting_tokens));
     *lock(&shared.stats) = scheduler.stats();
     let mut step_loop = StepLoop {
+        check: IdleCheck::new(scheduler.config()),
+        checked_at: None,
         known_lens: vec![0; scheduler.config().max_num_seqs as usize],
         scheduler,
         executor,
@@ -96,6 +103,9 @@ struct StepLoop<E: Executor> {
     known_lens: Vec<u32>,
     events: Vec<Event>,
     commands: Commands,
+    check: IdleCheck,
+    /// When a whole check was last done.
+    checked_at: Option<Instant>,
 }
 
 /// A request that was taken and has not ended.
@@ -120,9 +130,9 @@ impl<E: Executor> StepLoop<E> {
         loop {
             let wait = if self.scheduler.has_work() { Wait::No } else { Wait::Yes };
             if wait == Wait::Yes {
-                self.scheduler.check_invariants();
                 self.note_stats();
                 self.shared.rest();
+                self.check();
             }
             self.shared.take_commands(wait, MAX_SUBMISSIONS_PER_STEP, &mut self.commands);
             if self.commands.shutdown {
@@ -134,6 +144,20 @@ impl<E: Executor> StepLoop<E> {
             self.publish();
             if self.scheduler.has_work() {
                 self.step()?;
+            }
+        }
+    }
+
+    /// Looks whether the idle scheduler is sound, now and then and only while nobody asks for anything.
+    fn check(&mut self) {
+        if self.checked_at.is_some_and(|at| at.elapsed() < CHECK_EVERY) {
+            return;
+        }
+        self.check.restart();
+        while !self.shared.has_commands() {
+            if self.scheduler.check_idle(&mut self.check, CHECK_ITEMS) {
+                self.checked_at = Some(Instant::now());
+                return;
             }
         }
     }

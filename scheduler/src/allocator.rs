@@ -166,6 +166,22 @@ impl BlockAllocator {
         std::iter::successors(first, |&id| Some(self.links[id as usize].newer).filter(|&id| id != NIL)).map(BlockId)
     }
 
+    /// Free blocks; the last is the next one used.
+    pub(crate) fn free_list(&self) -> &[u32] {
+        &self.free
+    }
+
+    /// The cached block that is evicted after this one; the first one behind none.
+    pub(crate) fn newer_than(&self, block: Option<BlockId>) -> Option<BlockId> {
+        let id = block.map_or(self.oldest, |block| self.links[block.0 as usize].newer);
+        Some(id).filter(|&id| id != NIL).map(BlockId)
+    }
+
+    /// The cached block that is evicted before this one.
+    pub(crate) fn older_than(&self, block: BlockId) -> Option<BlockId> {
+        Some(self.links[block.0 as usize].older).filter(|&id| id != NIL).map(BlockId)
+    }
+
     /// Panics unless every block is in exactly one state and the list is sound.
     pub fn check_invariants(&self) {
         let mut seen = vec![false; self.refcounts.len()];

@@ -13,7 +13,7 @@ use crate::{BlockId, KvGroupKind, SchedulerConfig};
 #[derive(Debug)]
 pub(crate) struct KvGroups {
     block_size: u32,
-    groups: Vec<Group>,
+    pub(crate) groups: Vec<Group>,
     /// Of group g in row r at `r * groups.len() + g`.
     tables: Vec<BlockTable>,
     /// Counts moments at which blocks were given back: while it stands still, what did not fit still does not.
@@ -21,10 +21,10 @@ pub(crate) struct KvGroups {
 }
 
 #[derive(Debug)]
-struct Group {
+pub(crate) struct Group {
     kind: KvGroupKind,
-    allocator: BlockAllocator,
-    cache: PrefixCache,
+    pub(crate) allocator: BlockAllocator,
+    pub(crate) cache: PrefixCache,
     /// Most blocks that one sequence holds at a time.
     max_live: u32,
     /// Blocks that running sequences need before their known tokens are computed; made anew by every plan.
@@ -87,6 +87,11 @@ impl KvGroups {
     /// Positions in blocks that the row's tables cover.
     pub(crate) fn len(&self, row: u32) -> u32 {
         self.tables(row)[0].entries().len() as u32
+    }
+
+    /// Blocks that the row holds, in all groups.
+    pub(crate) fn num_live_blocks(&self, row: u32) -> usize {
+        self.tables(row).iter().map(|table| table.live().len()).sum()
     }
 
     fn tables(&self, row: u32) -> &[BlockTable] {

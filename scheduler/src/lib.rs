@@ -30,6 +30,7 @@ mod applying;
 mod block;
 mod config;
 mod error;
+mod idle_check;
 mod kv_groups;
 mod pace;
 mod plan;

@@ -166,6 +166,15 @@ impl PrefixCache {
         self.len -= 1;
     }
 
+    pub(crate) fn num_places(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Places of the range that name a block.
+    pub(crate) fn num_occupied(&self, range: std::ops::Range<usize>) -> u32 {
+        self.places[range].iter().filter(|place| place.id != VACANT).count() as u32
+    }
+
     /// Panics unless every registered block is found under its hash, and nothing else is.
     pub fn check_invariants(&self) {
         let mut num_registered = 0;

@@ -199,6 +199,17 @@ impl WaitingQueue {
         debug_assert!(self.entries[slot as usize].place == Place::New);
     }
 
+    /// Panics unless nobody waits.
+    pub(crate) fn check_empty(&self) {
+        assert!(self.lanes.is_empty() && self.resumed.is_empty() && self.turn.is_none());
+        assert_eq!((self.num_waiting, self.waiting_tokens, self.lane_tokens, self.resumed_tokens), (0, 0, 0, 0));
+    }
+
+    /// Panics where the slot waits.
+    pub(crate) fn check_absent(&self, slot: usize) {
+        assert!(self.entries.get(slot).is_none_or(|entry| entry.place == Place::Nowhere), "slot {slot} waits");
+    }
+
     /// Panics unless lists and sums agree with the entries.
     pub(crate) fn check_invariants(&self) {
         let waiting = self.entries.iter().filter(|entry| entry.place != Place::Nowhere);

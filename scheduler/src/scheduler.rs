@@ -200,7 +200,7 @@ impl Scheduler {
         }
     }
 
-    /// Panics unless the state is sound. Looks at every block: for tests, and for an engine that is idle.
+    /// Panics unless the state is sound. Looks at every block: for tests. An idle engine asks [`Scheduler::check_idle`].
     pub fn check_invariants(&self) {
         self.queue.check_invariants();
         let rows = (0..self.config.max_num_seqs).filter(|&row| self.row_slots[row as usize] != NO_SLOT);
@@ -262,6 +262,15 @@ impl Scheduler {
                 num_leading += u32::from(details.leads);
                 num_listed += 1;
                 previous = slot;
+    /// Panics unless every list of live things is empty, and every list of free ones full.
+    pub(crate) fn check_nothing_is_listed(&self) {
+        self.queue.check_empty();
+        assert!(self.requests.is_empty() && self.deadlines.is_empty() && self.running.is_empty());
+        assert_eq!((self.num_preempting, self.num_draining, self.queue.tenants.num_live()), (0, 0, 0));
+        assert_eq!(self.vacant_slots.len(), self.sequences.len(), "a slot is lost");
+        assert_eq!(self.free_rows.len(), self.row_slots.len(), "a row is lost");
+    }
+
                 slot = details.next_choice;
             }
             assert!(num_leading <= 1 && (num_parked == 0 || num_leading == 1), "nobody leads {num_parked} choices");
