@@ -1,6 +1,6 @@
 //! The border between async callers and the engine's thread.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -143,6 +143,12 @@ impl TokenStream {
     }
 
     /// Forgets the request: it was not taken.
+    /// Ends one choice, whose caller has all it wants of it: its blocks are free at the next step boundary, and its
+    /// `Finished` says `Cancelled`. The others go on.
+    pub fn end_choice(&self, choice_index: u32) {
+        self.shared.end_choice(self.id, choice_index);
+    }
+
     pub(crate) fn disarm(&mut self) {
         self.num_open = 0;
     }
@@ -262,6 +268,8 @@ struct Inbox {
     next_id: u64,
     shutdown: bool,
     is_open: bool,
+    /// Choices that end before their request. At most one per choice that was ever taken, and emptied likewise.
+    ended_choices: BTreeSet<(RequestId, u32)>,
 }
 
     /// That they bring.
@@ -318,6 +326,7 @@ pub(crate) struct Commands {
     pub submissions: Vec<QueuedSubmission>,
     pub aborts: Vec<(RequestId, Instant)>,
     pub shutdown: bool,
+    pub ended_choices: Vec<(RequestId, u32)>,
 }
 
 /// Whether to wait for a command where there is none.
@@ -395,6 +404,14 @@ impl Shared {
     }
 
     fn shutdown(&self) {
+    fn end_choice(&self, id: RequestId, choice_index: u32) {
+        let mut inbox = lock(&self.inbox);
+        if inbox.is_open && inbox.ended_choices.insert((id, choice_index)) {
+            drop(inbox);
+            self.wake.notify_one();
+        }
+    }
+
         lock(&self.inbox).shutdown = true;
         self.wake.notify_one();
     }
@@ -430,6 +447,7 @@ impl Shared {
         let num_taken = inbox.submissions.len().min(max_submissions);
         commands.submissions.extend(inbox.submissions.drain(..num_taken));
         while let Some(abort) = inbox.aborts.pop_first() {
+        commands.ended_choices.clear();
             commands.aborts.push(abort);
         }
         commands.shutdown = inbox.shutdown;
@@ -441,6 +459,9 @@ impl Shared {
     pub(crate) fn has_commands(&self) -> bool {
         let inbox = lock(&self.inbox);
         !inbox.is_empty() || inbox.shutdown
+        while let Some(choice) = inbox.ended_choices.pop_first() {
+            commands.ended_choices.push(choice);
+        }
     }
 
         *lock(&self.failure) = failure;
@@ -452,6 +473,7 @@ impl Shared {
         };
         self.has_stopped.store(true, Ordering::Release);
         // Without the lock: each stream that ends here asks for it.
+            inbox.ended_choices.clear();
         for mut queued in waiting {
             queued.stream.disarm();
         }

@@ -175,6 +175,9 @@ impl<E: Executor> StepLoop<E> {
         for (id, asked_at) in commands.aborts.drain(..) {
             self.abort(id, asked_at);
         }
+        for (id, choice_index) in commands.ended_choices.drain(..) {
+            self.scheduler.abort_choice(id, choice_index);
+        }
         self.commands = commands;
     }
 

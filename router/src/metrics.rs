@@ -86,9 +86,9 @@ const METRICS: &[(&str, Kind, Option<Unit>, &str)] = &[
         TPOT,
         Kind::Histogram(TOKEN_BUCKETS),
         Some(Unit::Seconds),
-        "Time from the first to the last token, divided by the tokens after the first; one value per request.",
+        "Time from the first to the last token, divided by the tokens after the first; one value per choice.",
     ),
-    (ITL, Kind::Histogram(TOKEN_BUCKETS), Some(Unit::Seconds), "Time between two tokens of one request."),
+    (ITL, Kind::Histogram(TOKEN_BUCKETS), Some(Unit::Seconds), "Time between two tokens of one choice."),
     (DURATION, Kind::Histogram(DURATION_BUCKETS), Some(Unit::Seconds), "Time from accepting a request to its end."),
     (QUEUE, Kind::Histogram(QUEUE_BUCKETS), Some(Unit::Seconds), "Time from accepting a request to its first step."),
     (PROMPT_TOKENS, Kind::Counter, None, "Tokens of prompts, cached ones counted in."),
@@ -394,14 +394,38 @@ impl Drop for OpenConnection {
     }
 }
 
+/// When the tokens of one choice came. Choices of one request come in the same steps: the gap between tokens of two of
+/// them says nothing.
+#[derive(Clone, Copy, Debug, Default)]
+struct TokenClock {
+    first_and_last: Option<(Instant, Instant)>,
+    num_tokens: u64,
+}
+
+impl TokenClock {
+    /// A token came; the time since the one before.
+    fn token(&mut self, now: Instant) -> Option<Duration> {
+        self.num_tokens += 1;
+        let (first, last) = self.first_and_last.unwrap_or((now, now));
+        self.first_and_last = Some((first, now));
+        (self.num_tokens > 1).then(|| now - last)
+    }
+
+    /// Between the first token and the last, for each one after the first.
+    fn seconds_per_token(&self) -> Option<f64> {
+        let (first, last) = self.first_and_last.filter(|_| self.num_tokens > 1)?;
+        Some((last - first).as_secs_f64() / (self.num_tokens - 1) as f64)
+    }
+}
+
 /// The clock of one request. Dropped without [`RequestMetrics::finish`] it counts as cancelled: the client left.
 #[derive(Debug)]
 pub struct RequestMetrics {
     endpoint: Endpoint,
     start: Instant,
-    first_token: Option<Instant>,
-    last_token: Option<Instant>,
-    num_tokens: u64,
+    has_token: bool,
+    /// By choice.
+    clocks: Vec<TokenClock>,
     queued: bool,
     ended: bool,
 }
@@ -413,7 +437,7 @@ impl RequestMetrics {
             handles.in_flight.increment(1.0);
         }
         let start = Instant::now();
-        Self { endpoint, start, first_token: None, last_token: None, num_tokens: 0, queued: true, ended: false }
+        Self { endpoint, start, has_token: false, clocks: Vec::new(), queued: true, ended: false }
     }
 
     /// A choice runs for the first time. The first call ends the request's time in the queue, later ones change nothing.
@@ -434,19 +458,23 @@ impl RequestMetrics {
         }
     }
 
-    /// A token was generated, of whichever choice.
-    pub fn token(&mut self) {
+    /// A token was generated, of the choice in this place among the request's.
+    pub fn token(&mut self, place: usize) {
         let now = Instant::now();
-        self.num_tokens += 1;
+        if place >= self.clocks.len() {
+            self.clocks.resize(place + 1, TokenClock::default());
+        }
+        let gap = self.clocks[place].token(now);
+        let is_first = !std::mem::replace(&mut self.has_token, true);
         if let Some(handles) = HANDLES.get() {
             handles.generation_tokens.increment(1);
-            match self.last_token {
-                None => handles.ttft.record(now - self.start),
-                Some(last) => handles.itl.record(now - last),
+            if is_first {
+                handles.ttft.record(now - self.start);
+            }
+            if let Some(gap) = gap {
+                handles.itl.record(gap);
             }
         }
-        self.first_token.get_or_insert(now);
-        self.last_token = Some(now);
     }
 
     /// The request ended.
@@ -462,10 +490,8 @@ impl RequestMetrics {
         handles.in_flight.decrement(1.0);
         handles.requests[self.endpoint as usize][outcome as usize].increment(1);
         handles.duration.record(self.start.elapsed());
-        if let (Some(first), Some(last)) = (self.first_token, self.last_token)
-            && self.num_tokens > 1
-        {
-            handles.tpot.record((last - first).as_secs_f64() / (self.num_tokens - 1) as f64);
+        for seconds in self.clocks.iter().filter_map(TokenClock::seconds_per_token) {
+            handles.tpot.record(seconds);
         }
     }
 }
@@ -604,5 +630,30 @@ fn read_process(handles: &Handles) {
     if let Ok(entries) = std::fs::read_dir("/proc/self/fd") {
         // The directory being read is one of them.
         handles.fds.set(entries.count().saturating_sub(1) as f64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_have_clocks_of_their_own() {
+        let mut request = RequestMetrics::start(Endpoint::Chat);
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        request.clocks = vec![TokenClock::default(); 2];
+        for step in 1..=5 {
+            // Both choices get a token in each step.
+            let gap = (step > 1).then_some(Duration::from_millis(10));
+            assert_eq!(request.clocks[0].token(at(10 * step)), gap);
+            assert_eq!(request.clocks[1].token(at(10 * step + 1)), gap);
+        }
+        for clock in &request.clocks {
+            assert!((clock.seconds_per_token().unwrap() - 0.01).abs() < 1e-9);
+        }
+        request.token(2);
+        assert_eq!(request.clocks[2].seconds_per_token(), None, "one token has no pace");
+        request.finish(Outcome::Finished);
     }
 }

@@ -13,6 +13,9 @@ use quire_engine::{EngineHandle, EngineHealth, ModelInfo, Submission, SubmitErro
 pub trait TokenSource: Send + 'static {
     /// The next event; `None` after the last one.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<TokenEvent>>;
+
+    /// Ends one choice: nothing more is wanted of it. Its last event still comes.
+    fn end_choice(&mut self, choice_index: u32);
 }
 
 /// A place that runs requests of one model.
@@ -69,5 +72,9 @@ impl TokenSource for LocalSource {
         // `next` keeps no state of its own between polls, so a future made for one poll loses nothing when dropped.
         let next: Pin<&mut _> = pin!(self.0.next());
         next.poll(cx)
+    }
+
+    fn end_choice(&mut self, choice_index: u32) {
+        self.0.end_choice(choice_index);
     }
 }

@@ -67,8 +67,10 @@ fn every_metric_is_described_and_there_from_the_start() {
     request.scheduled();
     request.scheduled();
     request.prompt_tokens(7, 3);
-    request.token();
-    request.token();
+    // Two choices: the time between their tokens is none of either's.
+    request.token(0);
+    request.token(1);
+    request.token(0);
     request.finish(Outcome::Finished);
     drop(RequestMetrics::start(Endpoint::GrpcChat));
     let mut stats = SchedulerStats { num_waiting: 2, num_running: 3, num_kv_groups: 1, ..Default::default() };
@@ -82,7 +84,7 @@ fn every_metric_is_described_and_there_from_the_start() {
         (chat, 1.0),
         (left, 1.0),
         ("quire_prompt_tokens_total", 7.0),
-        ("quire_generation_tokens_total", 2.0),
+        ("quire_generation_tokens_total", 3.0),
         ("quire_requests_in_flight", 0.0),
         ("quire_requests_waiting", 2.0),
         ("quire_kv_cache_usage_ratio", 0.5),

@@ -166,6 +166,19 @@ impl Scheduler {
         has_ended
     }
 
+    /// Ends one choice of a request, as [`Scheduler::abort`] ends all of them. False when there was nothing to end.
+    pub fn abort_choice(&mut self, id: RequestId, choice_index: u32) -> bool {
+        let mut slot = self.requests.get(&id).copied().unwrap_or(NO_SLOT);
+        while slot != NO_SLOT && self.sequences[slot as usize].choice_index != choice_index {
+            slot = self.details[slot as usize].next_choice;
+        }
+        if slot == NO_SLOT || self.sequences[slot as usize].state == State::Draining {
+            return false;
+        }
+        self.finish(slot, FinishReason::Cancelled);
+        true
+    }
+
     /// Moves what happened since the last call to the end of `out`, in order. Costs nothing where `out` is empty.
     pub fn drain_events(&mut self, out: &mut Vec<Event>) {
         if out.is_empty() {
