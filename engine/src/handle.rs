@@ -15,7 +15,7 @@ use crate::sampler;
 
 /// Most tokens whose log probability is reported beside the chosen one.
 pub const MAX_LOGPROBS: u32 = 128;
-/// Most submissions that wait for the next step boundary.
+/// Most submissions that wait for the next step boundary; with several tenants at most twice as many, see [`has_room`].
 const MAX_QUEUED_SUBMISSIONS: usize = 1024;
 
 /// What a caller asks the engine for; the engine gives it an id. Fields as in [`quire_scheduler::Request`].
@@ -71,7 +71,8 @@ pub struct ModelInfo {
     pub vocab_size: u32,
     /// Most tokens of prompt and output together.
     pub max_model_len: u32,
-    /// SHA-256 over the model's configuration and weight headers: part of every cache salt.
+    /// SHA-256 over the model's configuration, its weight files' headers, and up to 12 KiB of each tensor (all of it, or its
+    /// start, middle and end): part of every cache salt.
     pub digest: [u8; 32],
     /// From `generation_config.json` and `config.json`.
     pub eos_token_ids: Vec<u32>,
@@ -142,13 +143,13 @@ impl TokenStream {
         Some(event)
     }
 
-    /// Forgets the request: it was not taken.
     /// Ends one choice, whose caller has all it wants of it: its blocks are free at the next step boundary, and its
     /// `Finished` says `Cancelled`. The others go on.
     pub fn end_choice(&self, choice_index: u32) {
         self.shared.end_choice(self.id, choice_index);
     }
 
+    /// Forgets the request: it was not taken.
     pub(crate) fn disarm(&mut self) {
         self.num_open = 0;
     }
@@ -247,6 +248,8 @@ fn check(submission: &Submission, model: &ModelInfo) -> Result<(), SubmitError> 
 /// What handles, streams and the engine's thread have in common.
 pub(crate) struct Shared {
     pub(crate) model: ModelInfo,
+    /// Most tokens that wait in the inbox: as many as may wait in the scheduler's queue.
+    max_queued_tokens: u64,
     inbox: Mutex<Inbox>,
     wake: Condvar,
     pub(crate) stats: Mutex<SchedulerStats>,
@@ -254,8 +257,6 @@ pub(crate) struct Shared {
     origin: Instant,
     /// When the running step began, in microseconds since `origin` and one; 0 while there is no work.
     busy_since: AtomicU64,
-    /// Most tokens that wait in the inbox: as many as may wait in the scheduler's queue.
-    max_queued_tokens: u64,
     has_stopped: AtomicBool,
 }
 
@@ -263,26 +264,17 @@ pub(crate) struct Shared {
 struct Inbox {
     /// Bounded in number and in tokens.
     submissions: VecDeque<QueuedSubmission>,
+    /// That they bring.
+    num_tokens: u64,
     /// When each was asked for. At most one per request that was ever taken, and emptied at every boundary.
     aborts: BTreeMap<RequestId, Instant>,
+    /// Choices that end before their request. At most one per choice that was ever taken, and emptied likewise.
+    ended_choices: BTreeSet<(RequestId, u32)>,
     next_id: u64,
     shutdown: bool,
     is_open: bool,
-    /// Choices that end before their request. At most one per choice that was ever taken, and emptied likewise.
-    ended_choices: BTreeSet<(RequestId, u32)>,
 }
 
-    /// That they bring.
-    num_tokens: u64,
-/// A submission and whom to tell whether it was taken.
-pub(crate) struct QueuedSubmission {
-    pub submission: Submission,
-    pub stream: TokenStream,
-    pub events: mpsc::Sender<TokenEvent>,
-    pub reply: oneshot::Sender<Result<TokenStream, SubmitError>>,
-}
-
-/// What the engine's thread found in the inbox.
 /// Tokens that a submission brings.
 fn num_tokens(submission: &Submission) -> u64 {
     (submission.prompt.len() + submission.generated.len()) as u64
@@ -321,12 +313,21 @@ impl Inbox {
     }
 }
 
+/// A submission and whom to tell whether it was taken.
+pub(crate) struct QueuedSubmission {
+    pub submission: Submission,
+    pub stream: TokenStream,
+    pub events: mpsc::Sender<TokenEvent>,
+    pub reply: oneshot::Sender<Result<TokenStream, SubmitError>>,
+}
+
+/// What the engine's thread found in the inbox.
 #[derive(Default)]
 pub(crate) struct Commands {
     pub submissions: Vec<QueuedSubmission>,
     pub aborts: Vec<(RequestId, Instant)>,
-    pub shutdown: bool,
     pub ended_choices: Vec<(RequestId, u32)>,
+    pub shutdown: bool,
 }
 
 /// Whether to wait for a command where there is none.
@@ -349,6 +350,7 @@ impl Shared {
         };
         Self {
             model,
+            max_queued_tokens,
             inbox: Mutex::new(inbox),
             wake: Condvar::new(),
             stats: Mutex::new(SchedulerStats::default()),
@@ -359,7 +361,6 @@ impl Shared {
         }
     }
 
-            max_queued_tokens,
     /// The scheduler's clock.
     pub(crate) fn time(&self, at: Instant) -> Time {
         let micros = at.saturating_duration_since(self.origin).as_micros();
@@ -383,6 +384,7 @@ impl Shared {
             let retry_after_micros = stats.queue_pace.retry_after_micros(stats.waiting_tokens + num_tokens);
             return Err(SubmitError::CommandQueueFull { retry_after_micros });
         }
+        inbox.num_tokens += num_tokens(&submission);
         let id = RequestId(inbox.next_id);
         inbox.next_id += 1;
         let num_open = submission.sampling.num_choices;
@@ -393,7 +395,6 @@ impl Shared {
         Ok(())
     }
 
-        inbox.num_tokens += num_tokens(&submission);
     fn abort(&self, id: RequestId) {
         let mut inbox = lock(&self.inbox);
         if inbox.is_open && id.0 < inbox.next_id {
@@ -403,7 +404,6 @@ impl Shared {
         }
     }
 
-    fn shutdown(&self) {
     fn end_choice(&self, id: RequestId, choice_index: u32) {
         let mut inbox = lock(&self.inbox);
         if inbox.is_open && inbox.ended_choices.insert((id, choice_index)) {
@@ -412,6 +412,7 @@ impl Shared {
         }
     }
 
+    fn shutdown(&self) {
         lock(&self.inbox).shutdown = true;
         self.wake.notify_one();
     }
@@ -436,44 +437,47 @@ impl Shared {
         self.busy_since.store(0, Ordering::Release);
     }
 
+    /// Whether there is something to take.
+    pub(crate) fn has_commands(&self) -> bool {
+        let inbox = lock(&self.inbox);
+        !inbox.is_empty() || inbox.shutdown
+    }
+
     /// Takes all aborts and at most `max_submissions`, so that a flood of them delays a step by so much only.
     pub(crate) fn take_commands(&self, wait: Wait, max_submissions: usize, commands: &mut Commands) {
         commands.submissions.clear();
         commands.aborts.clear();
+        commands.ended_choices.clear();
         let mut inbox = lock(&self.inbox);
-        while wait == Wait::Yes && inbox.submissions.is_empty() && inbox.aborts.is_empty() && !inbox.shutdown {
+        while wait == Wait::Yes && inbox.is_empty() && !inbox.shutdown {
             inbox = self.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner);
         }
         let num_taken = inbox.submissions.len().min(max_submissions);
         commands.submissions.extend(inbox.submissions.drain(..num_taken));
+        let taken_tokens: u64 = commands.submissions.iter().map(|queued| num_tokens(&queued.submission)).sum();
+        inbox.num_tokens -= taken_tokens;
         while let Some(abort) = inbox.aborts.pop_first() {
-        commands.ended_choices.clear();
             commands.aborts.push(abort);
+        }
+        while let Some(choice) = inbox.ended_choices.pop_first() {
+            commands.ended_choices.push(choice);
         }
         commands.shutdown = inbox.shutdown;
     }
 
     /// The engine's thread ends: nothing is taken any more, and what waits is answered.
     pub(crate) fn stop(&self, failure: Option<String>) {
-    /// Whether there is something to take.
-    pub(crate) fn has_commands(&self) -> bool {
-        let inbox = lock(&self.inbox);
-        !inbox.is_empty() || inbox.shutdown
-        while let Some(choice) = inbox.ended_choices.pop_first() {
-            commands.ended_choices.push(choice);
-        }
-    }
-
         *lock(&self.failure) = failure;
         let waiting = {
             let mut inbox = lock(&self.inbox);
             inbox.is_open = false;
+            inbox.num_tokens = 0;
             inbox.aborts.clear();
+            inbox.ended_choices.clear();
             std::mem::take(&mut inbox.submissions)
         };
         self.has_stopped.store(true, Ordering::Release);
         // Without the lock: each stream that ends here asks for it.
-            inbox.ended_choices.clear();
         for mut queued in waiting {
             queued.stream.disarm();
         }
@@ -482,8 +486,6 @@ impl Shared {
 
 /// Most events that a request can get, so that the engine never waits for its reader.
 fn num_events(submission: &Submission, max_model_len: u32) -> usize {
-        let taken_tokens: u64 = commands.submissions.iter().map(|queued| num_tokens(&queued.submission)).sum();
-        inbox.num_tokens -= taken_tokens;
     let sampling = &submission.sampling;
     let prompt = if sampling.prompt_logprobs.is_some() { submission.prompt.len() } else { 0 };
     let per_choice = submission.max_tokens.min(max_model_len) as usize + prompt + 4;
@@ -495,4 +497,3 @@ fn num_events(submission: &Submission, max_model_len: u32) -> usize {
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-            inbox.num_tokens = 0;

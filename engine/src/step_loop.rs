@@ -71,13 +71,6 @@ pub(crate) fn spawn<E: Executor>(
     Ok(EngineHandle::new(shared))
 }
 
-fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
-    if let Some(message) = payload.downcast_ref::<&str>() {
-        message
-    } else {
-        payload.downcast_ref::<String>().map_or("without a message", String::as_str)
-    }
-}
 /// Fails where so many steps cannot be in flight while the next is planned.
 pub(crate) fn check_depth(pipeline_depth: u32) -> Result<(), EngineError> {
     if pipeline_depth > 1 {
@@ -89,6 +82,13 @@ pub(crate) fn check_depth(pipeline_depth: u32) -> Result<(), EngineError> {
     Ok(())
 }
 
+fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
+    if let Some(message) = payload.downcast_ref::<&str>() {
+        message
+    } else {
+        payload.downcast_ref::<String>().map_or("without a message", String::as_str)
+    }
+}
 
 struct StepLoop<E: Executor> {
     scheduler: Scheduler,

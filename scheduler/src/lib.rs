@@ -49,9 +49,9 @@ pub use allocator::{Allocation, BlockAllocator};
 pub use block::{BlockId, num_blocks_for};
 pub use config::{KvGroup, KvGroupKind, MAX_KV_GROUPS, Policy, SchedulerConfig};
 pub use error::{ConfigError, SubmitError};
-pub use plan::{
 pub use idle_check::IdleCheck;
 pub use pace::QueuePace;
+pub use plan::{
     Admission, Event, EventKind, RowId, ScheduledSequence, SequenceOutput, StepId, StepOutput, StepPlan, TokenLogprobs,
 };
 pub use prefix_cache::{BlockHash, PrefixCache};

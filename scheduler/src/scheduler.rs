@@ -205,6 +205,7 @@ impl Scheduler {
             num_waiting: self.queue.num_waiting(),
             num_running: self.config.max_num_seqs - self.free_rows.len() as u32,
             waiting_tokens: self.queue.waiting_tokens(),
+            queue_pace: self.pace.measured(),
             num_tenants: self.queue.tenants.num_live(),
             blocks,
             num_kv_groups: self.kv.num_groups() as u32,
@@ -218,7 +219,6 @@ impl Scheduler {
         self.queue.check_invariants();
         let rows = (0..self.config.max_num_seqs).filter(|&row| self.row_slots[row as usize] != NO_SLOT);
         self.kv.check_invariants(rows.clone());
-            queue_pace: self.pace.measured(),
         assert_eq!(rows.clone().count() + self.free_rows.len(), self.row_slots.len(), "a row is lost");
         for row in rows {
             let slot = self.row_slots[row as usize];
@@ -262,6 +262,15 @@ impl Scheduler {
         self.check_choices();
     }
 
+    /// Panics unless every list of live things is empty, and every list of free ones full.
+    pub(crate) fn check_nothing_is_listed(&self) {
+        self.queue.check_empty();
+        assert!(self.requests.is_empty() && self.deadlines.is_empty() && self.running.is_empty());
+        assert_eq!((self.num_preempting, self.num_draining, self.queue.tenants.num_live()), (0, 0, 0));
+        assert_eq!(self.vacant_slots.len(), self.sequences.len(), "a slot is lost");
+        assert_eq!(self.free_rows.len(), self.row_slots.len(), "a row is lost");
+    }
+
     /// Every live choice is in its request's list, and while one is parked exactly one leads.
     fn check_choices(&self) {
         let mut num_listed = 0;
@@ -275,15 +284,6 @@ impl Scheduler {
                 num_leading += u32::from(details.leads);
                 num_listed += 1;
                 previous = slot;
-    /// Panics unless every list of live things is empty, and every list of free ones full.
-    pub(crate) fn check_nothing_is_listed(&self) {
-        self.queue.check_empty();
-        assert!(self.requests.is_empty() && self.deadlines.is_empty() && self.running.is_empty());
-        assert_eq!((self.num_preempting, self.num_draining, self.queue.tenants.num_live()), (0, 0, 0));
-        assert_eq!(self.vacant_slots.len(), self.sequences.len(), "a slot is lost");
-        assert_eq!(self.free_rows.len(), self.row_slots.len(), "a row is lost");
-    }
-
                 slot = details.next_choice;
             }
             assert!(num_leading <= 1 && (num_parked == 0 || num_leading == 1), "nobody leads {num_parked} choices");
