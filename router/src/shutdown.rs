@@ -2,18 +2,20 @@
 //!
 //! 1. SIGTERM or SIGINT: readiness fails, new requests are refused, connections are asked to finish (GOAWAY).
 //! 2. Running requests go on until they end, at most `drain_timeout_seconds`. A second signal ends the wait.
-//! 3. What still runs ends with an error that says why, and gets a moment to reach its client.
+//! 3. What still runs then ends with an error that says why, and gets a moment to reach its client. Answers that are
+//!    complete and on their way have until the limit.
 //! 4. Listeners close, the engine's thread ends, the process exits with 0.
 
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::lifecycle::Lifecycle;
 
-/// What is left to say is said within this, after the last request ended or was ended.
+/// What is left to say is said within this, where the limit has passed.
 const FLUSH: Duration = Duration::from_secs(1);
 /// How often a drain looks whether requests are left.
 const POLL: Duration = Duration::from_millis(5);
@@ -25,7 +27,7 @@ pub struct Shutdown {
     pub draining: CancellationToken,
     /// Let go.
     pub stopping: CancellationToken,
-    /// One task per connection.
+    /// A token per connection on which something was said.
     pub tasks: TaskTracker,
 }
 
@@ -58,6 +60,7 @@ pub async fn drain(shutdown: &Shutdown, lifecycle: &Lifecycle, signals: &mut Sig
         return;
     };
     let service = &serving.service;
+    let deadline = Instant::now() + limit;
     tracing::info!(requests = service.num_inflight(), seconds = limit.as_secs(), "draining");
     let drained = async {
         while service.num_inflight() > 0 {
@@ -81,7 +84,14 @@ pub async fn drain(shutdown: &Shutdown, lifecycle: &Lifecycle, signals: &mut Sig
         }
         shutdown.tasks.wait().await;
     };
-    if tokio::time::timeout(FLUSH, flushed).await.is_err() {
+    let moment = Instant::now() + FLUSH;
+    let until = if left.is_some() { moment } else { moment.max(deadline) };
+    let is_flushed = tokio::select! {
+        () = flushed => true,
+        () = tokio::time::sleep_until(until) => false,
+        _ = signals.next(), if left.is_none() => false,
+    };
+    if !is_flushed {
         tracing::debug!(connections = shutdown.tasks.len(), "closing connections that do not finish");
     }
     shutdown.stopping.cancel();

@@ -150,21 +150,24 @@ impl GenerationService {
     /// The tokens that `input` would be served as.
     pub async fn tokenize(&self, input: Input) -> Result<Arc<[u32]>, ApiError> {
         let metrics = RequestMetrics::start(Endpoint::Tokenize);
-        let Shared { model, limits, pool, .. } = &*self.shared;
+        let Shared { model, limits, pool, inflight, .. } = &*self.shared;
+        let id = request_id();
         let tokens = async {
             check_input(&input, model, limits)?;
             let work = TextWork::new(model, limits, now_seconds());
-            pool.run(&request_id(), move || work.encode(input)).await
+            pool.run(&id, move || work.encode(input)).await
         };
         let tokens = tokens.await;
         metrics.finish(tokens.as_ref().map_or_else(Outcome::from, |_| Outcome::Finished));
         Ok(tokens?.into())
+            let _entered = inflight.enter(&id)?;
     }
 
     /// The text of tokens, special tokens included.
     pub async fn detokenize(&self, token_ids: Vec<u32>) -> Result<String, ApiError> {
         let metrics = RequestMetrics::start(Endpoint::Detokenize);
-        let Shared { model, pool, .. } = &*self.shared;
+        let Shared { model, pool, inflight, .. } = &*self.shared;
+        let id = request_id();
         let (vocab_size, max_len) = (model.info().vocab_size, model.info().max_model_len as usize);
         let text = async {
             if token_ids.len() > max_len {
@@ -174,7 +177,8 @@ impl GenerationService {
                 return Err(invalid("tokens", format_args!("must hold token ids below {vocab_size}")));
             }
             let table = Arc::clone(model.table());
-            pool.run(&request_id(), move || Ok(table.decode(&token_ids, SpecialTokenText::Written))).await
+            let _entered = inflight.enter(&id)?;
+            pool.run(&id, move || Ok(table.decode(&token_ids, SpecialTokenText::Written))).await
         };
         let text = text.await;
         metrics.finish(text.as_ref().map_or_else(Outcome::from, |_| Outcome::Finished));

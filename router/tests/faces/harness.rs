@@ -29,6 +29,7 @@ pub(crate) const EOS: u32 = 2;
 pub(crate) struct Server {
     pub(crate) router: Router,
     pub(crate) grpc: Router,
+    pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) service: GenerationService,
     pub(crate) engine: EngineHandle,
 }
@@ -88,8 +89,9 @@ impl Server {
         lifecycle.begin_serving(Serving { service: service.clone(), metrics, http: router.clone() });
         let body_timeout = Duration::from_secs(limits.body_timeout_seconds);
         let limits = GrpcLimits { max_message_bytes: limits.max_body_bytes, body_timeout, bodies };
-        let (grpc, _) = grpc::routes(Arc::new(lifecycle), limits).expect("routes");
-        Self { router, grpc, service, engine }
+        let lifecycle = Arc::new(lifecycle);
+        let (grpc, _) = grpc::routes(Arc::clone(&lifecycle), limits).expect("routes");
+        Self { router, grpc, lifecycle, service, engine }
     }
 
     /// An engine that answers every request with `text` and then the end of the sequence.

@@ -1,0 +1,65 @@
+//! What a drain waits for.
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::routing::get;
+use quire_router::config::ServerConfig;
+use quire_router::error::ApiError;
+use quire_router::generation::Input;
+use quire_router::listener::Listener;
+use quire_router::metrics::Listener as Kind;
+use quire_router::shutdown::{Shutdown, Signals, drain};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::harness::Server;
+
+/// More than the buffers of any socket.
+const BIG: usize = 64 << 20;
+
+/// An answer that is complete but not read yet is not cut while the limit is far.
+#[tokio::test]
+async fn a_slow_reader_gets_the_whole_answer() {
+    let server = Server::saying("x");
+    let shutdown = Shutdown::default();
+    let address = "127.0.0.1:0".parse().expect("an address");
+    let listener = Listener::bind(Kind::Http, address, &ServerConfig::default()).await.expect("a free port");
+    let address = listener.address().expect("bound");
+    let app = Router::new().route("/big", get(async || vec![b'x'; BIG]));
+    tokio::spawn(listener.serve(app, shutdown.clone()));
+    // Connections that say nothing hold up nothing.
+    let _silent = TcpStream::connect(address).await.expect("connects");
+    let mut client = TcpStream::connect(address).await.expect("connects");
+    client.write_all(b"GET /big HTTP/1.1\r\nhost: quire\r\n\r\n").await.expect("sends");
+    let mut start = vec![0; 4096];
+    client.read_exact(&mut start).await.expect("an answer begins");
+    let draining = tokio::spawn(async move {
+        let mut signals = Signals::catch().expect("signals");
+        drain(&shutdown, &server.lifecycle, &mut signals, Duration::from_secs(600)).await;
+    });
+    // Longer than the moment that is given where the limit has passed.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let mut rest = Vec::new();
+    client.read_to_end(&mut rest).await.expect("the answer ends");
+    assert!(start.len() + rest.len() > BIG, "{} bytes came", start.len() + rest.len());
+    draining.await.expect("the drain ends once everything is said");
+}
+
+#[tokio::test]
+async fn tokenizing_is_in_flight() {
+    let server = Server::saying("x");
+    let input = || Input::Text { text: "Once upon a time".to_owned(), add_special_tokens: false };
+    {
+        let mut tokenizing = Box::pin(server.service.tokenize(input()));
+        let mut detokenizing = Box::pin(server.service.detokenize(vec![100]));
+        assert!(futures::poll!(&mut tokenizing).is_pending());
+        assert!(futures::poll!(&mut detokenizing).is_pending());
+        assert_eq!(server.service.num_inflight(), 2);
+        tokenizing.await.expect("tokens");
+        detokenizing.await.expect("text");
+    }
+    assert_eq!(server.service.num_inflight(), 0);
+    server.service.begin_drain();
+    assert!(matches!(server.service.tokenize(input()).await, Err(ApiError::Unavailable { .. })));
+}
