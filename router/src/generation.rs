@@ -95,6 +95,18 @@ pub struct GenerationParams {
     pub priority: i32,
     pub cache_salt: Option<String>,
     pub truncate_prompt_tokens: Option<u64>,
+    /// Go on with what another server began.
+    pub resume: Option<Resume>,
+}
+
+/// One choice of a request, as far as another server generated it. The other parameters are those of the request that the
+/// other server was sent, and the seed is the one that its answer named.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Resume {
+    /// Generated and delivered.
+    pub generated: Vec<u32>,
+    /// Which of the request's choices it is.
+    pub choice_offset: u32,
 }
 
 /// A request of either face.

@@ -4,3 +4,4 @@ mod crate_graph;
 mod faces;
 mod hostile;
 mod lifecycle;
+mod resume;

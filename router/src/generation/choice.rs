@@ -52,6 +52,23 @@ impl Choice {
         }
     }
 
+    pub(super) fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Tokens that were generated and delivered elsewhere: they count, and nothing of them is said again. Text that they
+    /// left incomplete (half a character, the beginning of a stop string) comes with the tokens that follow.
+    pub(super) fn replay(&mut self, token_ids: &[u32], rules: &ChoiceRules, mut emit: impl FnMut(GenerationEvent)) {
+        for token_id in token_ids {
+            self.token(*token_id, None, rules, |event| {
+                // Where they were the whole output already, that is still to be said.
+                if matches!(event, GenerationEvent::ChoiceFinished { .. }) {
+                    emit(event);
+                }
+            });
+        }
+    }
+
     pub(super) fn num_tokens(&self) -> u32 {
         self.num_tokens
     }

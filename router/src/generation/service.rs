@@ -24,7 +24,7 @@ use crate::worker::{TokenSource, Worker};
 use super::choice::{Choice, ChoiceRules};
 use super::text::{TextPool, TextWork, check_input};
 use super::validate::{self, invalid};
-use super::{GenerationEvent, GenerationRequest, Input, Limits, Usage};
+use super::{GenerationEvent, GenerationRequest, Input, Limits, Resume, Usage};
 
 /// What a [`GenerationService`] is made of.
 pub struct ServiceParts {
@@ -84,6 +84,7 @@ impl GenerationService {
 
         let created = now_seconds();
         let (prompt, bad_words) = match input {
+        let resume = params.resume.clone();
             Input::TokenIds(ids) if checked.bad_words.is_empty() => (ids, Vec::new()),
             input => {
                 let work = TextWork::new(model, limits, created);
@@ -113,9 +114,10 @@ impl GenerationService {
             adapter: None,
             priority,
             cache_salt: derive_cache_salt(tenant, None, &model.info().digest, cache_salt.as_deref()),
+        let Resume { generated, choice_offset } = resume.unwrap_or_default();
             prompt: Arc::clone(&prompt),
-            generated: Vec::new(),
-            choice_offset: 0,
+            generated,
+            choice_offset,
             sampling: checked.sampling,
             max_tokens,
             min_tokens: checked.min_tokens,
@@ -261,25 +263,28 @@ struct Started {
     source: Box<dyn TokenSource>,
     entered: Entered,
     rules: ChoiceRules,
-    num_choices: u32,
+    choices: Vec<Choice>,
+    events: VecDeque<GenerationEvent>,
 }
 
 impl Started {
     fn into_generation(self, metrics: RequestMetrics) -> Generation {
-        let choices = (0..self.num_choices).map(|index| Choice::new(index, &self.rules)).collect();
         // A prompt is never longer than `max_model_len`, which is a u32.
         let prompt_tokens = self.prompt.len() as u32;
-        Generation {
+        let mut generation = Generation {
             request_id: self.request_id,
             seed: self.seed,
             prompt_token_ids: self.prompt,
             created: self.created,
             rules: self.rules,
-            choices,
-            events: VecDeque::new(),
+            choices: self.choices,
+            events: self.events,
             usage: Usage { prompt_tokens, ..Usage::default() },
             running: Some(Running { source: self.source, entered: self.entered, metrics, scheduled: false }),
-        }
+        };
+        // What was generated elsewhere can hold a whole stop string.
+        generation.finish_if_done();
+        generation
     }
 }
 
@@ -347,17 +352,18 @@ impl Generation {
                     running.metrics.prompt_tokens(self.usage.prompt_tokens, num_cached_tokens);
                 }
             }
+                    // Tokens that another server generated can be in the cache too.
+                    let num_cached_tokens = num_cached_tokens.min(self.usage.prompt_tokens);
             TokenEvent::PromptLogprobs { choice_index, position, logprobs } => {
-                // Each choice computes the same prompt.
-                if choice_index == 0
+                if self.choices.first().is_some_and(|choice| choice.index() == choice_index)
                     && let Some(token_id) = self.prompt_token_ids.get(position as usize)
                 {
-                    let info = self.rules.info(*token_id, Some(logprobs));
+                    let info = self.rules.info(*token_id, Some(logprobs), 0);
                     events.push_back(GenerationEvent::PromptLogprobs { position, info });
                 }
             }
             TokenEvent::Token { choice_index, token_id, logprobs } => {
-                if let Some(choice) = self.choices.get_mut(choice_index as usize)
+                if let Some((place, choice)) = choice_of(&mut self.choices, choice_index)
                     && !choice.is_finished()
                 {
                     running.metrics.token();
@@ -365,7 +371,7 @@ impl Generation {
                 }
             }
             TokenEvent::Finished { choice_index, reason, .. } => {
-                if let Some(choice) = self.choices.get_mut(choice_index as usize) {
+                if let Some((_, choice)) = choice_of(&mut self.choices, choice_index) {
                     let ended_before = choice.is_finished();
                     match reason {
                         _ if ended_before => {}
@@ -398,6 +404,10 @@ impl Generation {
 
     /// Ends the request with an error; nothing comes after it.
     fn fail(&mut self, error: ApiError) {
+        self.finish_if_done();
+    }
+
+    fn finish_if_done(&mut self) {
         let outcome = Outcome::from(&error);
         self.events.push_back(GenerationEvent::Error(error));
         self.end(outcome);
@@ -430,6 +440,11 @@ async fn before<T>(deadline: Option<Instant>, work: impl Future<Output = Result<
         }
     }
 }
+/// The choice of this index, and its place among the request's.
+fn choice_of(choices: &mut [Choice], index: u32) -> Option<(usize, &mut Choice)> {
+    choices.iter_mut().enumerate().find(|(_, choice)| choice.index() == index)
+}
+
 
 /// Two requests share cached blocks only where all of these are equal.
 fn derive_cache_salt(

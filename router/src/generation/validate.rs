@@ -23,6 +23,8 @@ pub(super) struct Checked {
     pub(super) seed: Option<u64>,
     pub(super) max_tokens: Option<u32>,
     pub(super) min_tokens: u32,
+    /// By another server, of the tokens that may be.
+    pub(super) num_generated: usize,
     pub(super) bad_words: Vec<String>,
     pub(super) stops: Arc<[StopString]>,
     pub(super) include_stop: bool,
@@ -127,6 +129,16 @@ pub(super) fn check(
         return Err(invalid("n", "must be at least 1"));
     }
     let num_choices = at_most("n", num_choices, limits.max_choices)?;
+    if let Some(resume) = &params.resume {
+        if num_choices != 1 {
+            return Err(invalid("n", "must be 1 for a request that goes on with one choice"));
+        }
+        if params.seed.is_none_or(|seed| seed == -1) {
+            return Err(invalid("seed", "is needed to go on: the one that the first answer named"));
+        }
+        at_most("choice_offset", u64::from(resume.choice_offset), limits.max_choices - 1)?;
+        known_tokens("generated_token_ids", &resume.generated, vocab_size)?;
+    }
     let max_tokens = match params.max_tokens {
         None => None,
         Some(0) => return Err(invalid("max_tokens", "must be at least 1")),
@@ -217,6 +229,7 @@ pub(super) fn check(
         seed: params.seed.filter(|seed| *seed != -1).map(|seed| seed as u64),
         max_tokens,
         min_tokens,
+        num_generated: params.resume.map_or(0, |resume| resume.generated.len()),
         bad_words: params.bad_words,
         stops: params.stop.into_iter().map(StopString::new).collect(),
         include_stop: params.include_stop_str_in_output,
@@ -249,6 +262,12 @@ pub(super) fn output_len(num_prompt_tokens: usize, checked: &Checked, model: &Mo
         };
         return Err(ApiError::ContextTooLong { message });
     }
+    if checked.num_generated > max_tokens as usize {
+        return Err(invalid(
+            "generated_token_ids",
+            format_args!("must be at most the {max_tokens} tokens that can be generated"),
+        ));
+    }
     if checked.min_tokens > max_tokens {
         return Err(invalid(
             "min_tokens",
@@ -258,9 +277,13 @@ pub(super) fn output_len(num_prompt_tokens: usize, checked: &Checked, model: &Mo
     Ok(max_tokens)
 }
 
+/// At least one: what Retry-After is counted in.
+pub(super) fn whole_seconds(micros: u64) -> u64 {
+    micros.div_ceil(1_000_000).max(1)
+}
+
 /// An engine's refusal, as clients see it.
 pub(super) fn refusal(error: Refusal) -> ApiError {
-    let seconds = |micros: u64| micros.div_ceil(1_000_000).max(1);
     match error {
         Refusal::EmptyPrompt => invalid("prompt", "must not be empty"),
         Refusal::TooLong { num_tokens, max_model_len } => ApiError::ContextTooLong {
@@ -272,8 +295,3 @@ pub(super) fn refusal(error: Refusal) -> ApiError {
         Refusal::Invalid { field, why } => invalid(field, why),
     }
 }
-/// At least one: what Retry-After is counted in.
-pub(super) fn whole_seconds(micros: u64) -> u64 {
-    micros.div_ceil(1_000_000).max(1)
-}
-

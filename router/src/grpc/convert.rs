@@ -11,7 +11,7 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 
 use crate::error::ApiError;
 use crate::generation::{
-    ChatInput, ChatMessage, Generation, GenerationEvent, GenerationParams, GenerationRequest, Input, StopCause,
+    ChatInput, ChatMessage, Generation, GenerationEvent, GenerationParams, GenerationRequest, Input, Resume, StopCause,
     TokenInfo, Usage,
 };
 use crate::metrics::Endpoint;
@@ -73,7 +73,6 @@ pub(super) fn generate_request(
         scheduling,
         resume,
     } = request;
-    refuse_resume(resume)?;
     let input = match prompt {
         Some(wire::generate_request::Prompt::Text(text)) => {
             Input::Text { text, add_special_tokens: add_special_tokens.unwrap_or(true) }
@@ -92,7 +91,7 @@ pub(super) fn generate_request(
         tenant: TenantId::default(),
         model: (!model.is_empty()).then_some(model),
         input,
-        params: params(sampling, stopping, output, scheduling),
+        params: GenerationParams { resume: resume.map(resumed), ..params(sampling, stopping, output, scheduling) },
         deadline,
     })
 }
@@ -115,7 +114,6 @@ pub(super) fn chat_request(
         scheduling,
         resume,
     } = request;
-    refuse_resume(resume)?;
     let messages = messages
         .into_iter()
         .map(|wire::ChatMessage { role, content, name }| ChatMessage { role, content, name })
@@ -132,16 +130,14 @@ pub(super) fn chat_request(
         tenant: TenantId::default(),
         model: (!model.is_empty()).then_some(model),
         input: Input::Chat(chat),
-        params: params(sampling, stopping, output, scheduling),
+        params: GenerationParams { resume: resume.map(resumed), ..params(sampling, stopping, output, scheduling) },
         deadline,
     })
 }
 
-fn refuse_resume(resume: Option<wire::Resume>) -> Result<(), ApiError> {
-    match resume {
-        Some(_) => Err(invalid("resume", "is not available in this version")),
-        None => Ok(()),
-    }
+fn resumed(resume: wire::Resume) -> Resume {
+    let wire::Resume { generated_token_ids, choice_offset } = resume;
+    Resume { generated: generated_token_ids, choice_offset }
 }
 
 fn params(
@@ -196,6 +192,7 @@ fn params(
         priority: priority.unwrap_or(0),
         cache_salt,
         truncate_prompt_tokens,
+        resume: None,
     }
 }
 
@@ -276,7 +273,7 @@ impl Collector {
 }
 
 fn token(info: TokenInfo) -> wire::Token {
-    let TokenInfo { token_id, bytes, logprobs } = info;
+    let TokenInfo { token_id, bytes, num_chars: _, logprobs } = info;
     let logprobs = logprobs.map(|named| {
         let top = named.values.top.iter().zip(&named.top_bytes);
         wire::Logprobs {
@@ -430,9 +427,9 @@ mod tests {
         let request = wire::GenerateRequest::default();
         let error = generate_request(request, "r".to_owned(), None).unwrap_err();
         assert!(error.to_string().contains("prompt"));
-        let resume = Some(wire::Resume::default());
-        let error = chat_request(wire::ChatRequest { resume, ..Default::default() }, "r".to_owned(), None).unwrap_err();
-        assert!(error.to_string().contains("resume"));
+        let resume = Some(wire::Resume { generated_token_ids: vec![1, 2], choice_offset: 3 });
+        let resumed = chat_request(wire::ChatRequest { resume, ..Default::default() }, "r".to_owned(), None).unwrap();
+        assert_eq!(resumed.params.resume, Some(Resume { generated: vec![1, 2], choice_offset: 3 }));
         assert!(request_id("bad id\n".to_owned()).is_err());
         assert!(request_id("x".repeat(65)).is_err());
         assert_eq!(request_id("x".repeat(64)), Ok("x".repeat(64)));

@@ -257,6 +257,8 @@ fn params(fields: &mut Fields<'_>, limits: &Limits) -> Result<GenerationParams, 
         priority: i32::try_from(priority).map_err(|_| invalid("priority", "must be a whole number of 32 bits"))?,
         cache_salt: fields.string("cache_salt")?,
         truncate_prompt_tokens,
+        // Its tokens would have to be told apart from text: gRPC has the field.
+        resume: None,
     })
 }
 
