@@ -61,7 +61,8 @@ pub struct ServerConfig {
     /// How long a client may read nothing while there is something to read: of its connection, or over HTTP/2 of a
     /// stream, whose request then ends.
     pub write_stall_seconds: u64,
-    /// Requests open at once on one HTTP/2 connection. A client that sends more waits on its side, unseen by the queue.
+    /// Requests open at once on one HTTP/2 connection. A client that sends more waits on its side, unseen by the queue. Each
+    /// may send 64 KiB before it is read, all of a connection together 1 MiB.
     pub max_concurrent_streams: u32,
     /// Bytes of a gRPC message that comes in.
     pub grpc_max_message_bytes: usize,

@@ -13,6 +13,12 @@ pub struct Limits {
     pub max_buffered_bytes: usize,
     /// Seconds that a client may take to send a whole body, or all messages of a gRPC call.
     pub body_timeout_seconds: u64,
+    /// Seconds from accepting a request to its last token, over either face; 0 is no limit. A gRPC call's own deadline counts
+    /// where it is sooner.
+    pub request_timeout_seconds: u64,
+    /// Seconds after which a streamed answer that has nothing to say yet says so in a comment, so that nobody in between
+    /// takes it for dead while a long prompt is computed; 0 is never.
+    pub sse_keepalive_seconds: u64,
     /// Messages of a conversation.
     pub max_messages: usize,
     /// Prompts of one completions request; with `n` choices each.
@@ -54,6 +60,8 @@ impl Default for Limits {
             max_body_bytes: 8 << 20,
             max_buffered_bytes: 128 << 20,
             body_timeout_seconds: 30,
+            request_timeout_seconds: 0,
+            sse_keepalive_seconds: 15,
             max_messages: 2048,
             max_prompts: 128,
             max_choices: 8,
@@ -88,6 +96,11 @@ impl Limits {
         ];
         match at_least_one.into_iter().find(|(_, value)| *value == 0) {
             Some((field, _)) => Err((field, "must be at least 1")),
+            // More than a day and a half is no limit, and keeps sums of times in range.
+            None if self.request_timeout_seconds > 131_072 => {
+                Err(("request_timeout_seconds", "must be at most 131072"))
+            }
+            None if self.sse_keepalive_seconds > 131_072 => Err(("sse_keepalive_seconds", "must be at most 131072")),
             None if self.max_buffered_bytes < self.max_body_bytes => {
                 Err(("max_buffered_bytes", "must be at least max_body_bytes"))
             }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::Stream;
 use quire_engine::{Submission, SubmitError, TokenEvent};
@@ -74,6 +74,11 @@ impl GenerationService {
     async fn start(&self, request: GenerationRequest) -> Result<Started, ApiError> {
         let Shared { worker, model, limits, inflight, pool, .. } = &*self.shared;
         let GenerationRequest { request_id, endpoint: _, tenant, model: model_name, input, params, deadline } = request;
+        let latest = Instant::now() + Duration::from_secs(limits.request_timeout_seconds);
+        let deadline = match limits.request_timeout_seconds {
+            0 => deadline,
+            _ => Some(deadline.map_or(latest, |deadline| deadline.min(latest))),
+        };
         let entered = inflight.enter(&request_id)?;
         self.check_model(model_name)?;
         let priority = params.priority;

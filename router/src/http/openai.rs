@@ -1,6 +1,7 @@
 //! OpenAI-compatible handlers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Request, State};
@@ -200,12 +201,21 @@ impl Job {
             let body = whole(&head, generations).await?;
             return Ok(json_response(body, &ignored));
         }
-        // What goes wrong before the first event still has a status of its own.
-        let first = match generations.next().await {
-            Some(Event::Error(error)) => return Err(error.into()),
-            first => first,
+        // What goes wrong before the first event still has a status of its own, unless that takes so long that the client
+        // must hear something.
+        let keepalive = match service.limits().sse_keepalive_seconds {
+            0 => None,
+            seconds => Some(Duration::from_secs(seconds)),
         };
-        let mut response = Response::new(Body::from_stream(EventStream::new(head, stream, first, generations)));
+        let first = match keepalive {
+            None => generations.next().await,
+            Some(limit) => tokio::time::timeout(limit, generations.next()).await.unwrap_or(None),
+        };
+        if let Some(Event::Error(error)) = first {
+            return Err(error.into());
+        }
+        let events = EventStream::new(head, stream, first, generations, keepalive);
+        let mut response = Response::new(Body::from_stream(events));
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));

@@ -5,10 +5,12 @@
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::Bytes;
 use futures::Stream;
 use serde::Serialize;
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::generation::{GenerationEvent, TokenInfo, Usage};
 
@@ -19,6 +21,8 @@ use super::answer::{
 use super::types::StreamOptions;
 
 const DONE: &[u8] = b"data: [DONE]\n\n";
+/// A comment: readers of the stream pass over it.
+const WAITING: &[u8] = b": waiting\n\n";
 /// Bytes after which what is ready is sent before more is looked for.
 const FULL: usize = 16 << 10;
 
@@ -28,12 +32,40 @@ pub(super) struct EventStream {
     /// The event that was awaited before the answer began.
     first: Option<Event>,
     writer: ChunkWriter,
+    keepalive: Option<Interval>,
+    /// Something was said since the last tick.
+    has_spoken: bool,
     ended: bool,
 }
 
 impl EventStream {
-    pub(super) fn new(head: Head, options: StreamOptions, first: Option<Event>, generations: Generations) -> Self {
-        Self { generations, first, writer: ChunkWriter::new(head, options), ended: false }
+    /// `keepalive`: how often something is said at least.
+    pub(super) fn new(
+        head: Head,
+        options: StreamOptions,
+        first: Option<Event>,
+        generations: Generations,
+        keepalive: Option<Duration>,
+    ) -> Self {
+        let keepalive = keepalive.map(|period| {
+            // Where the first event is not there yet, that long has passed already.
+            let start = if first.is_none() { Instant::now() } else { Instant::now() + period };
+            let mut ticks = tokio::time::interval_at(start, period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        });
+        Self { generations, first, writer: ChunkWriter::new(head, options), keepalive, has_spoken: false, ended: false }
+    }
+
+    /// Whether it is time for a comment.
+    fn is_quiet(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(ticks) = &mut self.keepalive else { return false };
+        while ticks.poll_tick(cx).is_ready() {
+            if !std::mem::take(&mut self.has_spoken) {
+                return true;
+            }
+        }
+        false
     }
 }
 
@@ -48,6 +80,9 @@ impl Stream for EventStream {
                 Some(event) => Some(event),
                 None => match this.generations.poll_next(cx) {
                     Poll::Ready(event) => event,
+                    Poll::Pending if out.is_empty() && this.is_quiet(cx) => {
+                        return Poll::Ready(Some(Ok(WAITING.into())));
+                    }
                     Poll::Pending if out.is_empty() => return Poll::Pending,
                     Poll::Pending => break,
                 },
@@ -65,6 +100,7 @@ impl Stream for EventStream {
                 None => this.ended = true,
             }
         }
+        this.has_spoken = true;
         if out.is_empty() { Poll::Ready(None) } else { Poll::Ready(Some(Ok(out.into()))) }
     }
 }

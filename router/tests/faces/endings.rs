@@ -190,3 +190,95 @@ async fn deadlines_end_requests_before_and_while_they_run() {
     assert_eq!(events.last(), Some(&GenerationEvent::Error(ApiError::DeadlineExceeded)));
     server.idle().await;
 }
+
+/// The engine knows no stop strings: it is told at once, and not when all choices have ended.
+#[tokio::test]
+async fn a_choice_that_met_its_stop_string_ends_alone() {
+    let stop = demo_ids(" the")[0];
+    let gate = Gate::closed();
+    let executor = FakeExecutor::new(VOCAB)
+        .gated(&gate)
+        .next_token(move |_, choice_index, _| if choice_index == 0 { stop } else { 100 });
+    let server = Server::new(executor);
+    let text = String::from_utf8(server.service.model().table().bytes(stop).to_vec()).expect("a word");
+    let request = GenerationRequest {
+        request_id: "r".to_owned(),
+        endpoint: Endpoint::Chat,
+        tenant: TenantId(0),
+        model: None,
+        input: Input::TokenIds(vec![16; 40]),
+        params: GenerationParams {
+            n: Some(2),
+            stop: vec![text],
+            ignore_eos: true,
+            max_tokens: Some(500),
+            ..GenerationParams::default()
+        },
+        deadline: None,
+    };
+    gate.let_through(8);
+    let mut running = server.service.generate(request).await.expect("starts");
+    loop {
+        match running.next().await {
+            Some(GenerationEvent::ChoiceFinished { choice_index: 0, .. }) => break,
+            Some(GenerationEvent::Delta { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    gate.let_through(2);
+    gate.wait_until_held();
+    assert_eq!(server.engine.stats().num_running, 1);
+    gate.open();
+    let mut num_tokens = 0;
+    let usage = loop {
+        match running.next().await {
+            Some(GenerationEvent::Delta { choice_index: 1, tokens, .. }) => num_tokens += tokens.len(),
+            Some(GenerationEvent::ChoiceFinished { choice_index: 1, .. }) => {}
+            Some(GenerationEvent::Done { usage }) => break usage,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(num_tokens > 400 && usage.completion_tokens == 501, "{num_tokens} tokens, {usage:?}");
+    server.idle().await;
+}
+
+#[tokio::test]
+async fn a_stream_says_that_it_lives_while_its_prompt_is_computed() {
+    let gate = Gate::closed();
+    let limits = Limits { sse_keepalive_seconds: 1, ..Limits::default() };
+    let server = Server::with(saying("Hello").gated(&gate), limits, &SchedulerSettings::default());
+    let body = with(chat("Hi"), json!({"stream": true})).to_string();
+    let answer = server.router.clone().oneshot(post("/v1/chat/completions", body));
+    let answer =
+        tokio::time::timeout(Duration::from_secs(60), answer).await.expect("an answer begins").expect("answers");
+    assert_eq!(answer.status(), 200);
+    let mut data = answer.into_body().into_data_stream();
+    for _ in 0..2 {
+        let comment = tokio::time::timeout(Duration::from_secs(60), data.next()).await.expect("a sign of life");
+        assert_eq!(comment.expect("the stream goes on").expect("a body"), ": waiting\n\n");
+    }
+    gate.open();
+    let mut text = Vec::new();
+    while let Some(part) = data.next().await {
+        text.extend_from_slice(&part.expect("a body"));
+    }
+    let text = String::from_utf8(text).expect("UTF-8");
+    assert!(text.starts_with("data: ") && text.ends_with("data: [DONE]\n\n"), "{text}");
+    server.idle().await;
+}
+
+#[tokio::test]
+async fn no_request_outlasts_the_servers_own_limit() {
+    let limits = Limits { request_timeout_seconds: 1, ..Limits::default() };
+    let executor = FakeExecutor::new(VOCAB).next_token(|_, _, _| 100).on_step(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        Ok(())
+    });
+    let server = Server::with(executor, limits, &SchedulerSettings::default());
+    let answer = server.post("/v1/chat/completions", &with(chat("Hi"), json!({"ignore_eos": true}))).await;
+    assert_eq!(
+        (answer.status, answer.json()["error"]["code"].clone()),
+        (StatusCode::GATEWAY_TIMEOUT, json!("deadline_exceeded"))
+    );
+    server.idle().await;
+}
