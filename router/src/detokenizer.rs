@@ -163,6 +163,18 @@ impl TokenTable {
         self.bytes.is_empty()
     }
 
+    /// How many characters of the text of a whole run each of its tokens completes.
+    pub fn num_chars(self: &Arc<Self>, ids: &[u32], special_tokens: SpecialTokenText) -> Vec<u32> {
+        let mut detokenizer = Detokenizer::new(Arc::clone(self), Start::OfText, special_tokens);
+        let mut text = String::new();
+        let count = |id: &u32| {
+            text.clear();
+            detokenizer.push(*id, &mut text);
+            text.chars().count() as u32
+        };
+        ids.iter().map(count).collect()
+    }
+
     /// The text of a whole run of tokens.
     pub fn decode(self: &Arc<Self>, ids: &[u32], special_tokens: SpecialTokenText) -> String {
         let mut detokenizer = Detokenizer::new(Arc::clone(self), Start::OfText, special_tokens);

@@ -130,6 +130,8 @@ pub struct TokenInfo {
     pub token_id: u32,
     /// The token's own bytes; not always whole UTF-8.
     pub bytes: Arc<[u8]>,
+    /// Characters of its choice's text that the token completes; for a token of the prompt 0.
+    pub num_chars: u32,
     pub logprobs: Option<NamedLogprobs>,
 }
 

@@ -23,12 +23,12 @@ pub(super) struct ChoiceRules {
 
 impl ChoiceRules {
     /// The token with its bytes, and those of the tokens named beside it.
-    pub(super) fn info(&self, token_id: u32, logprobs: Option<TokenLogprobs>) -> TokenInfo {
+    pub(super) fn info(&self, token_id: u32, logprobs: Option<TokenLogprobs>, num_chars: u32) -> TokenInfo {
         let logprobs = logprobs.map(|values| NamedLogprobs {
             top_bytes: values.top.iter().map(|(id, _)| self.table.bytes(*id)).collect(),
             values,
         });
-        TokenInfo { token_id, bytes: self.table.bytes(token_id), logprobs }
+        TokenInfo { token_id, bytes: self.table.bytes(token_id), num_chars, logprobs }
     }
 }
 
@@ -98,7 +98,7 @@ impl Choice {
         let allowed = if self.num_tokens > rules.min_tokens { StopAllowed::Yes } else { StopAllowed::NotYet };
         let mut text = String::new();
         let found = self.stop.push(&decoded, allowed, &mut text);
-        let info = rules.info(token_id, logprobs);
+        let info = rules.info(token_id, logprobs, decoded.chars().count() as u32);
         emit(GenerationEvent::Delta { choice_index: self.index, text, tokens: vec![info] });
         if let Some(found) = found {
             let stop = rules.stops.get(found.index).map(|stop| stop.text().to_owned()).unwrap_or_default();

@@ -84,12 +84,12 @@ impl GenerationService {
         let priority = params.priority;
         let cache_salt = params.cache_salt.clone();
         let ignore_eos = params.ignore_eos;
+        let resume = params.resume.clone();
         let mut checked = validate::check(params, model.defaults(), limits, model.info())?;
         check_input(&input, model, limits)?;
 
         let created = now_seconds();
         let (prompt, bad_words) = match input {
-        let resume = params.resume.clone();
             Input::TokenIds(ids) if checked.bad_words.is_empty() => (ids, Vec::new()),
             input => {
                 let work = TextWork::new(model, limits, created);
@@ -114,12 +114,12 @@ impl GenerationService {
         checked.sampling.seed = seed;
         checked.sampling.bad_words = bad_words;
         let num_choices = checked.sampling.num_choices;
+        let Resume { generated, choice_offset } = resume.unwrap_or_default();
         let submission = Submission {
             tenant,
             adapter: None,
             priority,
             cache_salt: derive_cache_salt(tenant, None, &model.info().digest, cache_salt.as_deref()),
-        let Resume { generated, choice_offset } = resume.unwrap_or_default();
             prompt: Arc::clone(&prompt),
             generated,
             choice_offset,
@@ -160,6 +160,7 @@ impl GenerationService {
         let Shared { model, limits, pool, inflight, .. } = &*self.shared;
         let id = request_id();
         let tokens = async {
+            let _entered = inflight.enter(&id)?;
             check_input(&input, model, limits)?;
             let work = TextWork::new(model, limits, now_seconds());
             pool.run(&id, move || work.encode(input)).await
@@ -167,7 +168,6 @@ impl GenerationService {
         let tokens = tokens.await;
         metrics.finish(tokens.as_ref().map_or_else(Outcome::from, |_| Outcome::Finished));
         Ok(tokens?.into())
-            let _entered = inflight.enter(&id)?;
     }
 
     /// The text of tokens, special tokens included.
@@ -177,6 +177,7 @@ impl GenerationService {
         let id = request_id();
         let (vocab_size, max_len) = (model.info().vocab_size, model.info().max_model_len as usize);
         let text = async {
+            let _entered = inflight.enter(&id)?;
             if token_ids.len() > max_len {
                 return Err(invalid("tokens", format_args!("must hold at most {max_len} token ids")));
             }
@@ -184,7 +185,6 @@ impl GenerationService {
                 return Err(invalid("tokens", format_args!("must hold token ids below {vocab_size}")));
             }
             let table = Arc::clone(model.table());
-            let _entered = inflight.enter(&id)?;
             pool.run(&id, move || Ok(table.decode(&token_ids, SpecialTokenText::Written))).await
         };
         let text = text.await;
@@ -352,13 +352,13 @@ impl Generation {
         match event {
             TokenEvent::Scheduled { num_cached_tokens, .. } => {
                 if !std::mem::replace(&mut running.scheduled, true) {
+                    // Tokens that another server generated can be in the cache too.
+                    let num_cached_tokens = num_cached_tokens.min(self.usage.prompt_tokens);
                     self.usage.cached_tokens = num_cached_tokens;
                     running.metrics.scheduled();
                     running.metrics.prompt_tokens(self.usage.prompt_tokens, num_cached_tokens);
                 }
             }
-                    // Tokens that another server generated can be in the cache too.
-                    let num_cached_tokens = num_cached_tokens.min(self.usage.prompt_tokens);
             TokenEvent::PromptLogprobs { choice_index, position, logprobs } => {
                 if self.choices.first().is_some_and(|choice| choice.index() == choice_index)
                     && let Some(token_id) = self.prompt_token_ids.get(position as usize)
@@ -371,8 +371,12 @@ impl Generation {
                 if let Some((place, choice)) = choice_of(&mut self.choices, choice_index)
                     && !choice.is_finished()
                 {
-                    running.metrics.token();
+                    running.metrics.token(place);
                     choice.token(token_id, logprobs, &self.rules, |event| events.push_back(event));
+                    // A stop string, which the engine does not know: it would go on to the end of the request.
+                    if choice.is_finished() {
+                        running.source.end_choice(choice_index);
+                    }
                 }
             }
             TokenEvent::Finished { choice_index, reason, .. } => {
@@ -400,6 +404,10 @@ impl Generation {
                 return self.fail(ApiError::Internal { request_id: self.request_id.clone() });
             }
         }
+        self.finish_if_done();
+    }
+
+    fn finish_if_done(&mut self) {
         if self.choices.iter().all(Choice::is_finished) {
             self.usage.completion_tokens = self.choices.iter().map(Choice::num_tokens).sum();
             self.events.push_back(GenerationEvent::Done { usage: self.usage });
@@ -409,10 +417,6 @@ impl Generation {
 
     /// Ends the request with an error; nothing comes after it.
     fn fail(&mut self, error: ApiError) {
-        self.finish_if_done();
-    }
-
-    fn finish_if_done(&mut self) {
         let outcome = Outcome::from(&error);
         self.events.push_back(GenerationEvent::Error(error));
         self.end(outcome);
@@ -436,6 +440,11 @@ impl Stream for Generation {
     }
 }
 
+/// The choice of this index, and its place among the request's.
+fn choice_of(choices: &mut [Choice], index: u32) -> Option<(usize, &mut Choice)> {
+    choices.iter_mut().enumerate().find(|(_, choice)| choice.index() == index)
+}
+
 /// Awaits `work`, at most until the deadline.
 async fn before<T>(deadline: Option<Instant>, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
     match deadline {
@@ -445,11 +454,6 @@ async fn before<T>(deadline: Option<Instant>, work: impl Future<Output = Result<
         }
     }
 }
-/// The choice of this index, and its place among the request's.
-fn choice_of(choices: &mut [Choice], index: u32) -> Option<(usize, &mut Choice)> {
-    choices.iter_mut().enumerate().find(|(_, choice)| choice.index() == index)
-}
-
 
 /// Two requests share cached blocks only where all of these are equal.
 fn derive_cache_salt(

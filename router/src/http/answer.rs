@@ -47,6 +47,8 @@ pub(super) struct PromptPart {
     pub(super) token_ids: Arc<[u32]>,
     /// Its first token, which nothing comes before and which so has no log probability.
     pub(super) first: Option<TokenInfo>,
+    /// Characters of `echo` that each token completes, where its place is asked for.
+    pub(super) num_chars: Vec<u32>,
 }
 
 /// One or several generations, as one stream of events.
@@ -251,11 +253,14 @@ impl Serialize for TopLogprobs {
 }
 
 impl CompletionLogprobs {
-    /// Adds a token; `offset` is where its text starts, in characters, and moves behind it.
-    pub(super) fn push(&mut self, info: &TokenInfo, tokens_as_ids: bool, offset: &mut usize) {
+    /// Adds a token that completes `num_chars` characters. `offset` is where they start: the characters of the choice's
+    /// text, an echoed prompt included, that the tokens before have completed. So a token that is no text (a special one
+    /// that is left out) and one that ends within a character take none of it, and the next token starts where they do.
+    /// Tokens of a stop string that was cut off start at the text's end or behind it.
+    pub(super) fn push(&mut self, info: &TokenInfo, num_chars: u32, tokens_as_ids: bool, offset: &mut usize) {
         let text = token_text(info.token_id, &info.bytes, tokens_as_ids);
         self.text_offset.push(*offset);
-        *offset += String::from_utf8_lossy(&info.bytes).chars().count();
+        *offset += num_chars as usize;
         let named = info.logprobs.as_ref();
         self.token_logprobs.push(named.map(|named| finite(named.values.logprob)));
         self.top_logprobs.push(named.map(|NamedLogprobs { values, top_bytes }| {
@@ -315,15 +320,19 @@ impl PromptLogprobs {
 
 /// What an echoed prompt's tokens are reported as: the first has no log probability.
 pub(super) fn echoed_logprobs(
-    first: Option<&TokenInfo>,
+    prompt: &PromptPart,
     infos: &[(u32, TokenInfo)],
     tokens_as_ids: bool,
     offset: &mut usize,
 ) -> CompletionLogprobs {
     let mut logprobs = CompletionLogprobs::default();
-    for info in first.into_iter().chain(infos.iter().map(|(_, info)| info)) {
-        logprobs.push(info, tokens_as_ids, offset);
+    let first = prompt.first.iter().map(|info| (0, info));
+    for (position, info) in first.chain(infos.iter().map(|(position, info)| (*position as usize, info))) {
+        let num_chars = prompt.num_chars.get(position).copied().unwrap_or(0);
+        logprobs.push(info, num_chars, tokens_as_ids, offset);
     }
+    // A tokenizer that changes what it reads has tokens for another text than the one that is repeated.
+    *offset = prompt.echo.as_ref().map_or(0, |echo| echo.chars().count());
     logprobs
 }
 
@@ -457,16 +466,14 @@ pub(super) async fn whole(head: &Head, mut generations: Generations) -> Result<V
                 let logprobs = head.wants_logprobs.then(|| {
                     let mut offset = 0;
                     let mut logprobs = match &prompt.echo {
-                        Some(_) => echoed_logprobs(
-                            prompt.first.as_ref(),
-                            &prompt_logprobs[prompt_index],
-                            head.tokens_as_ids,
-                            &mut offset,
-                        ),
+                        Some(_) => {
+                            let infos = &prompt_logprobs[prompt_index];
+                            echoed_logprobs(prompt, infos, head.tokens_as_ids, &mut offset)
+                        }
                         None => CompletionLogprobs::default(),
                     };
                     for info in &choice.tokens {
-                        logprobs.push(info, head.tokens_as_ids, &mut offset);
+                        logprobs.push(info, info.num_chars, head.tokens_as_ids, &mut offset);
                     }
                     LogprobsJson::Completions(logprobs)
                 });

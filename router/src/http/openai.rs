@@ -12,7 +12,7 @@ use quire_engine::scheduler::TenantId;
 use serde::Serialize;
 
 use crate::body_budget::BodyShare;
-use crate::detokenizer::SpecialTokenText;
+use crate::detokenizer::{SpecialTokenText, TokenTable};
 use crate::error::ApiError;
 use crate::generation::{GenerationParams, GenerationRequest, GenerationService, Input, TokenInfo};
 use crate::metrics::{Endpoint, Outcome, RequestMetrics};
@@ -167,13 +167,18 @@ impl Job {
             .iter()
             .zip(echoes)
             .map(|(generation, echo)| PromptPart {
-                echo,
                 token_ids: Arc::clone(&generation.prompt_token_ids),
                 first: generation.prompt_token_ids.first().map(|id| TokenInfo {
                     token_id: *id,
                     bytes: table.bytes(*id),
+                    num_chars: 0,
                     logprobs: None,
                 }),
+                num_chars: match &echo {
+                    Some(echo) if wants_logprobs => echoed_chars(table, &generation.prompt_token_ids, echo),
+                    _ => Vec::new(),
+                },
+                echo,
             })
             .collect();
         let prefix = match shape {
@@ -224,6 +229,16 @@ impl Job {
         name_ignored(&mut response, &ignored);
         Ok(response)
     }
+}
+
+/// How many characters of `echo` each token of the prompt completes. Special tokens are part of an echoed prompt where the
+/// request named them, and not where the tokenizer added them.
+fn echoed_chars(table: &Arc<TokenTable>, token_ids: &[u32], echo: &str) -> Vec<u32> {
+    let written = table.num_chars(token_ids, SpecialTokenText::Written);
+    if written.iter().map(|count| *count as usize).sum::<usize>() == echo.chars().count() {
+        return written;
+    }
+    table.num_chars(token_ids, SpecialTokenText::Skipped)
 }
 
 /// `POST /tokenize`

@@ -249,7 +249,7 @@ impl ChunkWriter {
                 let logprobs = (self.head.wants_logprobs && prompt.echo.is_some()).then(|| {
                     let infos = self.prompt_logprobs.get(prompt_index).map_or(&[][..], Vec::as_slice);
                     LogprobsJson::Completions(echoed_logprobs(
-                        prompt.first.as_ref(),
+                        prompt,
                         infos,
                         self.head.tokens_as_ids,
                         &mut state.text_offset,
@@ -277,7 +277,7 @@ impl ChunkWriter {
                 let mut logprobs = CompletionLogprobs::default();
                 let state = self.choices.get_mut(index)?;
                 for info in tokens {
-                    logprobs.push(info, self.head.tokens_as_ids, &mut state.text_offset);
+                    logprobs.push(info, info.num_chars, self.head.tokens_as_ids, &mut state.text_offset);
                 }
                 LogprobsJson::Completions(logprobs)
             }

@@ -200,3 +200,51 @@ async fn completions_echo_and_score() {
     assert_eq!(answer["usage"]["completion_tokens"], 0);
     assert_eq!(answer["choices"][0]["logprobs"]["tokens"].as_array().map(Vec::len), Some(demo_ids("Hello you").len()));
 }
+
+/// Where a token's text starts: special tokens that are left out and halves of characters take no room.
+#[tokio::test]
+async fn text_offsets_are_characters_of_the_text() {
+    let words = "a \u{1f600}b";
+    let ids = demo_ids(words);
+    let pieces = demo_ids("\u{1f600}");
+    assert!(pieces.len() > 1, "the character is several tokens");
+    // A special token in the middle, and the end behind.
+    let mut said = ids.clone();
+    said.insert(1, 1);
+    let script = said.clone();
+    let executor = FakeExecutor::new(VOCAB)
+        .next_token(move |request, _, tokens| script.get(tokens.len() - request.prompt.len()).copied().unwrap_or(EOS));
+    let server = Server::new(executor);
+    let table = server.service.model().table();
+    for echo in ["", "\u{e9}t\u{e9} "] {
+        let body = json!({"prompt": if echo.is_empty() { "x" } else { echo }, "echo": !echo.is_empty(), "logprobs": 1, "max_tokens": 40});
+        let answer = server.post("/v1/completions", &body).await.json();
+        let choice = &answer["choices"][0];
+        let text = choice["text"].as_str().expect("text");
+        assert_eq!(text, format!("{echo}{words}"));
+        let offsets: Vec<usize> = serde_json::from_value(choice["logprobs"]["text_offset"].clone()).expect("offsets");
+        // What the tokens so far are as text, whole characters only.
+        let mut expected = Vec::new();
+        let mut bytes = Vec::new();
+        let prompt = if echo.is_empty() { Vec::new() } else { demo_ids(echo) };
+        for id in prompt.iter().chain(&said).chain(&[EOS]) {
+            let so_far = match std::str::from_utf8(&bytes) {
+                Ok(text) => text,
+                Err(error) => std::str::from_utf8(&bytes[..error.valid_up_to()]).expect("valid"),
+            };
+            expected.push(so_far.chars().count());
+            if !table.is_special(*id) {
+                bytes.extend_from_slice(&table.bytes(*id));
+            }
+        }
+        assert_eq!(offsets, expected, "{choice}");
+        let chunks = server.post("/v1/completions", &with(body, json!({"stream": true}))).await.chunks();
+        let streamed: Vec<usize> = chunks
+            .iter()
+            .filter_map(|chunk| chunk["choices"][0]["logprobs"]["text_offset"].as_array())
+            .flatten()
+            .map(|offset| offset.as_u64().expect("a count") as usize)
+            .collect();
+        assert_eq!(streamed, expected);
+    }
+}

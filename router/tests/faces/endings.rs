@@ -14,7 +14,7 @@ use quire_router::metrics::Endpoint;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
-use crate::harness::{Server, VOCAB, chat, post, saying, with};
+use crate::harness::{Server, VOCAB, chat, demo_ids, post, saying, with};
 
 #[tokio::test]
 async fn overload_is_a_status_of_its_own_even_for_streams() {
