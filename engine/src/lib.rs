@@ -15,11 +15,13 @@
 mod config;
 mod error;
 mod executor;
+pub mod gguf;
 mod handle;
 mod input_batch;
 mod kv_cache;
 mod memory;
 mod model_executor;
+mod model_files;
 mod models;
 mod observer;
 mod sampler;

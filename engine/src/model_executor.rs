@@ -11,23 +11,20 @@ use quire_kernels::ops::sample::{NON_FINITE, Sample, SampleAt, SamplerShape};
 use quire_kernels::{Backend, DType, KernelError};
 use quire_scheduler::{Admission, SequenceOutput, StepId, StepOutput, StepPlan, TokenLogprobs};
 
-use crate::config::{DTypeChoice, EngineConfig, LoadFormat, SchedulerSettings};
+use crate::config::{DTypeChoice, EngineConfig, SchedulerSettings};
 use crate::error::EngineError;
 use crate::executor::Executor;
 use crate::handle::{MAX_LOGPROBS, ModelInfo};
 use crate::input_batch::{InputBatch, TableShape};
 use crate::kv_cache::{self, Budget, KvPlan};
 use crate::memory;
-use crate::models::config::{ModelConfig, generation_eos};
+use crate::model_files::ModelFiles;
 use crate::models::decoder::{Decoder, EMBEDDING, LOGITS_TILE, StepInputs, WeightChoice};
 use crate::sampler::SamplerRows;
 use crate::source::ModelSource;
-use crate::weights::{self, Weights};
 
 /// Most steps that are launched and not collected.
 const MAX_IN_FLIGHT: usize = 2;
-/// Of dummy weights.
-const DUMMY_SEED: u64 = 0;
 
 /// See the module's text.
 pub(crate) struct ModelExecutor<B: Backend> {
@@ -110,27 +107,9 @@ impl<B: Backend> ModelExecutor<B> {
         settings: &SchedulerSettings,
         device_note: Option<String>,
     ) -> Result<Loaded<B>, EngineError> {
-        let config_json = weights::read_config(source, "config.json")?
-            .ok_or_else(|| EngineError::ModelFile { file: "config.json".to_owned(), why: "is missing".to_owned() })?;
-        let mut config = ModelConfig::parse(&config_json)?;
-        let weights = match engine.load_format {
-            LoadFormat::Auto => Weights::open(source, &config_json)?,
-            LoadFormat::Dummy => {
-                let stored = dtype(engine.dtype, config.dtype);
-                Weights::dummy(DUMMY_SEED, stored, &config_json)
-            }
-        };
+        let ModelFiles { mut config, weights, eos_token_ids } = ModelFiles::open(source, engine)?;
         let dtype = dtype(engine.dtype, weights.dtype_of(EMBEDDING).or(config.dtype));
         let choice = WeightChoice { dtype, quantize: engine.quantize };
-        let mut eos_token_ids = match weights::read_config(source, "generation_config.json")? {
-            Some(json) => generation_eos(&json)?,
-            None => Vec::new(),
-        };
-        for id in &config.eos_token_ids {
-            if !eos_token_ids.contains(id) {
-                eos_token_ids.push(*id);
-            }
-        }
 
         config.drop_long_windows(kv_cache::wanted_model_len(&config, settings)?);
         // Plan once as if all memory were free: settings that can never work should fail before minutes of loading.
@@ -522,7 +501,7 @@ impl<B: Backend> DeviceTables<B> {
 }
 
 /// What weights and cache are stored as, where the files have `stored`.
-fn dtype(choice: DTypeChoice, stored: Option<DType>) -> DType {
+pub(crate) fn dtype(choice: DTypeChoice, stored: Option<DType>) -> DType {
     match choice {
         DTypeChoice::F32 => DType::F32,
         DTypeChoice::Bf16 => DType::Bf16,

@@ -1,4 +1,4 @@
-//! Where a model's files come from: a directory, or the binary itself.
+//! Where a model's files come from: a directory, a GGUF file, or the binary itself.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -17,6 +17,8 @@ pub struct EmbeddedModel {
 pub enum ModelSource {
     /// A Hugging Face directory.
     Directory(PathBuf),
+    /// A GGUF file, or the first of those that a model is split into.
+    Gguf(PathBuf),
     /// Compiled in.
     Embedded(&'static EmbeddedModel),
 }
@@ -28,6 +30,8 @@ impl ModelSource {
             Self::Embedded(model) => {
                 Ok(model.files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| Cow::Borrowed(*bytes)))
             }
+            // Holds all that other models have files for.
+            Self::Gguf(_) => Ok(None),
             Self::Directory(directory) => match std::fs::read(directory.join(name)) {
                 Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),

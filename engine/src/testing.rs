@@ -1,5 +1,7 @@
 //! For tests: an executor without a model, models that grow from a seed, and short ways to ask an engine.
 
+pub mod gguf;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;

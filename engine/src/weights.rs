@@ -1,4 +1,4 @@
-//! A model's tensors: from safetensors files, mapped and read without trust, or drawn from a seed.
+//! A model's tensors: from safetensors or GGUF files, mapped and read without trust, or drawn from a seed.
 //!
 //! Files are mapped while weights are packed and unmapped when [`Weights`] is dropped; nothing of a file stays in use.
 
@@ -17,6 +17,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::EngineError;
+use crate::gguf;
 use crate::source::ModelSource;
 
 const SINGLE: &str = "model.safetensors";
@@ -81,9 +82,12 @@ impl Blob {
 
 struct Entry {
     blob: usize,
-    dtype: FileDtype,
+    /// Or the type that is not served.
+    format: Result<TensorFormat, FileDtype>,
     shape: Vec<usize>,
     range: Range<usize>,
+    /// How many heads there are, where their rows are stored with the halves of each head interleaved.
+    interleaved_heads: Option<usize>,
     is_read: Cell<bool>,
 }
 
@@ -108,6 +112,44 @@ impl Weights {
         Ok(Self { values: Values::Files { blobs, index }, digest: digest.finalize().into() })
     }
 
+    /// Takes over the files of a GGUF model.
+    pub(crate) fn of_gguf(parts: Vec<gguf::Part>) -> Result<Self, EngineError> {
+        let metadata = &parts[0].container.metadata;
+        let heads = gguf::head_counts(metadata).map_err(|error| gguf::in_file(&parts[0].path, &error))?;
+        let is_interleaved =
+            gguf::has_interleaved_heads(metadata).map_err(|error| gguf::in_file(&parts[0].path, &error))?;
+        let mut digest = Sha256::new();
+        let mut index = HashMap::new();
+        for (blob, part) in parts.iter().enumerate() {
+            digest.update(part.container.metadata.header());
+            for tensor in &part.container.tensors {
+                sample(&part.map[tensor.range.clone()], &mut digest);
+                // A name that is not known stays as it is, and is refused with all that nobody reads.
+                let (name, rows) =
+                    gguf::hugging_face(&tensor.name).unwrap_or_else(|| (tensor.name.clone(), gguf::Rows::Plain));
+                let interleaved_heads = match rows {
+                    gguf::Rows::Query if is_interleaved => Some(heads.num_heads),
+                    gguf::Rows::Key if is_interleaved => Some(heads.num_kv_heads),
+                    _ => None,
+                };
+                let entry = Entry {
+                    blob,
+                    format: Ok(tensor.format),
+                    shape: tensor.shape.clone(),
+                    range: tensor.range.clone(),
+                    interleaved_heads,
+                    is_read: Cell::new(false),
+                };
+                if index.insert(name, entry).is_some() {
+                    let why = "has another name of a tensor that is there too".to_owned();
+                    return Err(EngineError::Tensor { name: tensor.name.clone(), why });
+                }
+            }
+        }
+        let blobs = parts.into_iter().map(|part| Blob::Mapped(part.map)).collect();
+        Ok(Self { values: Values::Files { blobs, index }, digest: digest.finalize().into() })
+    }
+
     /// Seeded random values of whatever shape is asked for, stored as `dtype`.
     pub(crate) fn dummy(seed: u64, dtype: DType, config_json: &[u8]) -> Self {
         let digest = Sha256::new().chain_update(config_json).chain_update(b"dummy").chain_update(seed.to_le_bytes());
@@ -119,12 +161,22 @@ impl Weights {
         self.digest
     }
 
-    /// What a tensor is stored as, where it exists.
+    /// What a tensor's numbers are stored as, where it exists and is dense.
     pub(crate) fn dtype_of(&self, name: &str) -> Option<DType> {
         match &self.values {
-            Values::Files { index, .. } => index.get(name).and_then(|entry| dtype(entry.dtype)),
+            Values::Files { index, .. } => match index.get(name)?.format {
+                Ok(TensorFormat::F32) => Some(DType::F32),
+                Ok(TensorFormat::Bf16) => Some(DType::Bf16),
+                Ok(TensorFormat::F16) => Some(DType::F16),
+                Ok(_) | Err(_) => None,
+            },
             Values::Dummy { dtype, .. } => Some(*dtype),
         }
+    }
+
+    /// Whether the files hold the tensor.
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        matches!(&self.values, Values::Files { index, .. } if index.contains_key(name))
     }
 
     /// Refuses files that hold tensors which the model did not read: they would be dropped in silence, and the model
@@ -145,7 +197,7 @@ impl Weights {
             None => Ok(()),
             Some(name) => Err(EngineError::Tensor {
                 name: name.clone(),
-                why: "is in the files, but config.json describes a model that does not use it".to_owned(),
+                why: "is in the files, but the configuration describes a model that does not use it".to_owned(),
             }),
         }
     }
@@ -174,14 +226,23 @@ impl Weights {
                 let error = |why: String| EngineError::Tensor { name: name.to_owned(), why };
                 let entry = index.get(name).ok_or_else(|| error("is missing from the model's files".to_owned()))?;
                 if entry.shape != shape {
-                    return Err(error(format!("has shape {:?}, config.json asks for {shape:?}", entry.shape)));
+                    return Err(error(format!("has shape {:?}, the configuration asks for {shape:?}", entry.shape)));
                 }
-                let dtype = dtype(entry.dtype)
-                    .ok_or_else(|| error(format!("is stored as {:?}; F32, F16 and BF16 are served", entry.dtype)))?;
+                let format = entry
+                    .format
+                    .map_err(|format| error(format!("is stored as {format:?}; F32, F16 and BF16 are served")))?;
                 entry.is_read.set(true);
                 // The header's check says that the range holds exactly what shape and type ask for.
-                let bytes = Cow::Borrowed(&blobs[entry.blob].bytes()[entry.range.clone()]);
-                Ok(Tensor { format: dtype.into(), rows, cols, bytes })
+                let bytes = &blobs[entry.blob].bytes()[entry.range.clone()];
+                let bytes = match entry.interleaved_heads {
+                    None => Cow::Borrowed(bytes),
+                    Some(num_heads) => {
+                        // A bias has a row for each of its numbers.
+                        let apart = gguf::halves_apart(bytes, shape[0], num_heads);
+                        Cow::Owned(apart.ok_or_else(|| error(format!("does not have the rows of {num_heads} heads")))?)
+                    }
+                };
+                Ok(Tensor { format, rows, cols, bytes })
             }
         }
     }
@@ -214,6 +275,7 @@ fn no_weights(source: &ModelSource) -> EngineError {
     let exists = |name: &str| match source {
         ModelSource::Directory(directory) => directory.join(name).exists(),
         ModelSource::Embedded(model) => model.files.iter().any(|(file, _)| *file == name),
+        ModelSource::Gguf(_) => false,
     };
     match PICKLED.iter().find(|name| exists(name)) {
         Some(name) => file_error(name, "is not read: reading it can run code. Convert the model to safetensors"),
@@ -245,6 +307,8 @@ fn open_blob(source: &ModelSource, name: &str) -> Result<Option<Blob>, EngineErr
         ModelSource::Embedded(model) => {
             Ok(model.files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| Blob::Embedded(bytes)))
         }
+        // Opened as a whole, see `of_gguf`.
+        ModelSource::Gguf(_) => Ok(None),
         ModelSource::Directory(directory) => {
             let path = directory.join(name);
             match std::fs::metadata(&path) {
@@ -260,7 +324,7 @@ fn open_blob(source: &ModelSource, name: &str) -> Result<Option<Blob>, EngineErr
 }
 
 #[allow(unsafe_code)]
-fn map_file(path: &Path) -> std::io::Result<Mmap> {
+pub(crate) fn map_file(path: &Path) -> std::io::Result<Mmap> {
     let file = File::open(path)?;
     // SAFETY: the mapping is private and read-only, and lives only while weights are packed. That nobody truncates or
     // rewrites a model's files in that time is the one thing no check here can show; bytes that change are caught by
@@ -304,7 +368,14 @@ fn index_blob(
         sample(&bytes[range.clone()], digest);
         index.insert(
             name,
-            Entry { blob: blob_index, dtype: info.dtype, shape: info.shape.clone(), range, is_read: Cell::new(false) },
+            Entry {
+                blob: blob_index,
+                format: format_of(info.dtype),
+                shape: info.shape.clone(),
+                range,
+                interleaved_heads: None,
+                is_read: Cell::new(false),
+            },
         );
     }
     Ok(())
@@ -323,12 +394,12 @@ fn sample(values: &[u8], digest: &mut Sha256) {
     }
 }
 
-fn dtype(dtype: FileDtype) -> Option<DType> {
+fn format_of(dtype: FileDtype) -> Result<TensorFormat, FileDtype> {
     match dtype {
-        FileDtype::F32 => Some(DType::F32),
-        FileDtype::BF16 => Some(DType::Bf16),
-        FileDtype::F16 => Some(DType::F16),
-        _ => None,
+        FileDtype::F32 => Ok(TensorFormat::F32),
+        FileDtype::BF16 => Ok(TensorFormat::Bf16),
+        FileDtype::F16 => Ok(TensorFormat::F16),
+        other => Err(other),
     }
 }
 

@@ -1,5 +1,9 @@
 //! What tests of this and of other crates share: seeded numbers, hostile inputs, comparison with a stated tolerance.
 
+mod blocks;
+
+pub use blocks::encode;
+
 use crate::cpu::{CpuBackend, CpuConfig, Isa};
 
 /// How far a number may be from what is expected: `abs + rel * |expected|`.

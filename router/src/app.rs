@@ -30,7 +30,7 @@ use crate::metrics::{self, Listener as Kind, ModelMetrics, StepMetrics};
 use crate::served_model::ServedModel;
 use crate::shutdown::{self, Shutdown, Signals};
 use crate::worker::LocalWorker;
-use crate::{demo, hub, telemetry};
+use crate::{demo, gguf, hub, telemetry};
 
 /// How often the process looks at itself: readiness for gRPC's health service, an engine that ended.
 const WATCH: Duration = Duration::from_millis(250);
@@ -220,7 +220,7 @@ fn load(
     Ok((engine, model))
 }
 
-/// A directory, a name to be pulled, or the model that is compiled in; and the name that it goes by.
+/// A directory, a GGUF file, a name to be pulled, or the model that is compiled in; and the name that it goes by.
 fn find(config: &Config, environment: &Environment) -> Result<(ModelSource, String), AppError> {
     let Some(wanted) = &config.model.path else {
         return Ok((ModelSource::Embedded(&demo::MODEL), demo::MODEL.name.to_owned()));
@@ -231,10 +231,14 @@ fn find(config: &Config, environment: &Environment) -> Result<(ModelSource, Stri
         return Ok((ModelSource::Directory(path.to_owned()), name.unwrap_or_else(|| "model".to_owned())));
     }
     if path.exists() {
-        return Err(AppError::Model(format!("{wanted} is a file; this version serves Hugging Face directories")));
+        let metadata = quire_engine::gguf::read_metadata(path)
+            .map_err(|error| AppError::Model(format!("cannot serve {wanted}: {error}")))?;
+        return Ok((ModelSource::Gguf(path.to_owned()), gguf::model_name(&metadata, path)));
     }
     let Some(name) = hub::ModelName::parse(wanted) else {
-        return Err(AppError::Model(format!("{wanted} is neither a directory nor a hub name such as owner/name")));
+        return Err(AppError::Model(format!(
+            "{wanted} is neither a directory, nor a file, nor a hub name such as owner/name"
+        )));
     };
     let directory = hub::pull(&name, &config.hub, environment)
         .map_err(|error| AppError::Model(format!("cannot pull {wanted}: {error}")))?;
@@ -248,7 +252,9 @@ fn say_what_is_served(source: &ModelSource, name: &str, info: &ModelInfo, elapse
             "model {name}: the demo model that comes with this program. It is tiny, shows that the server works, and \
              is no assistant: do not rely on what it says"
         ),
-        ModelSource::Directory(path) => tracing::info!("model {name} from {}", path.display()),
+        ModelSource::Directory(path) | ModelSource::Gguf(path) => {
+            tracing::info!("model {name} from {}", path.display());
+        }
     }
     let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     tracing::info!(

@@ -9,6 +9,7 @@ pub mod demo;
 pub mod detokenizer;
 pub mod error;
 pub mod generation;
+pub mod gguf;
 pub mod grpc;
 pub mod http;
 pub mod hub;

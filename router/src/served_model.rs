@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::chat_template::ChatTemplate;
 use crate::detokenizer::TokenTable;
 use crate::generation::Limits;
+use crate::gguf;
 use crate::tokenizer::TextTokenizer;
 
 /// A model's text files cannot be used.
@@ -48,20 +49,33 @@ pub struct ServedModel {
 }
 
 impl ServedModel {
-    /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` or `.json`, and `generation_config.json`.
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` or `.json`, and `generation_config.json`, or
+    /// what a GGUF file has in their place.
     pub fn load(source: &ModelSource, name: String, info: &ModelInfo) -> Result<Self, LoadError> {
         Self::load_with(source, name, info, &Limits::default())
     }
 
     /// The same, with the operator's limits for chat templates.
     pub fn load_with(source: &ModelSource, name: String, info: &ModelInfo, limits: &Limits) -> Result<Self, LoadError> {
-        let file = "tokenizer.json";
-        let tokenizer = source
-            .read(file)
-            .map_err(|cause| LoadError { file, why: cause.to_string() })?
-            .ok_or_else(|| LoadError { file, why: "the model has no such file".into() })?;
-        let tokenizer = TextTokenizer::load(&tokenizer, info.vocab_size)?;
-        let chat_template = ChatTemplate::load(source, limits)?;
+        let (tokenizer, chat_template) = match source {
+            ModelSource::Gguf(path) => {
+                let metadata = quire_engine::gguf::read_metadata(path)
+                    .map_err(|cause| LoadError { file: "GGUF file", why: cause.to_string() })?;
+                let tokenizer =
+                    TextTokenizer::load(&gguf::tokenizer_json(&metadata)?, info.vocab_size).map_err(|error| {
+                        LoadError { file: "GGUF metadata", why: format!("the tokenizer: {}", error.why) }
+                    })?;
+                (tokenizer, gguf::chat_template(&metadata, limits)?)
+            }
+            ModelSource::Directory(_) | ModelSource::Embedded(_) => {
+                let file = "tokenizer.json";
+                let tokenizer = source
+                    .read(file)
+                    .map_err(|cause| LoadError { file, why: cause.to_string() })?
+                    .ok_or_else(|| LoadError { file, why: "the model has no such file".into() })?;
+                (TextTokenizer::load(&tokenizer, info.vocab_size)?, ChatTemplate::load(source, limits)?)
+            }
+        };
         let defaults = read_defaults(source)?;
         let digest: String = info.digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
         Ok(Self {

@@ -16,6 +16,23 @@ pub(crate) struct Rope {
     pub max_len: u32,
 }
 
+impl Rope {
+    /// Divides each frequency by its own factor. Fails where the factors are not as many positive numbers, and where the
+    /// frequencies depend on the position.
+    pub(crate) fn divide_frequencies(&mut self, factors: &[f32]) -> Result<(), &'static str> {
+        let RopeFrequencies::Fixed { inverse } = &mut self.frequencies else {
+            return Err("cannot scale frequencies that follow the length of the context");
+        };
+        if factors.len() != inverse.len() || !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
+            return Err("is not a positive number for each pair of a head's numbers");
+        }
+        for (inverse, factor) in inverse.iter_mut().zip(factors) {
+            *inverse /= factor;
+        }
+        Ok(())
+    }
+}
+
 /// Reads `rope_parameters`, or `rope_theta` and `rope_scaling` of the older form.
 pub(crate) fn parse(fields: &Fields<'_>, head_dim: usize, max_position_embeddings: u32) -> Result<Rope, EngineError> {
     let parameters = match fields.object("rope_parameters")? {
