@@ -41,7 +41,7 @@ pub enum QuantizeChoice {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LoadFormat {
-    /// The model's safetensors files.
+    /// The model's safetensors or GGUF files.
     #[default]
     Auto,
     /// Seeded random values of the shapes that `config.json` asks for: to measure speed without a download.

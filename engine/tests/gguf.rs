@@ -125,7 +125,8 @@ fn what_nobody_reads_or_nothing_serves_is_named() {
     };
     assert_eq!(why(&|_| {}), "");
     let four = [0; 16];
-    let cases: [(&dyn Fn(&mut GgufWriter), &str); 7] = [
+    type Change<'a> = &'a dyn Fn(&mut GgufWriter);
+    let cases: [(Change<'_>, &str); 7] = [
         (&|file| _ = file.tensor("blk.0.attn_sinks.weight", TensorFormat::F32, &[4], &four), "blk.0.attn_sinks.weight"),
         (&|file| _ = file.tensor("blk.0.attn_q.bias", TensorFormat::F32, &[4], &four), "q_proj.bias"),
         (&|file| _ = file.tensor("model.norm.weight", TensorFormat::F32, &[4], &four), "another name"),

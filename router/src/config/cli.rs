@@ -53,12 +53,9 @@ fn command() -> clap::Command {
              --print-config lists all keys. In the environment the same key is QUIRE_SCHEDULER__BLOCK_SIZE, in the \
              file\nit is block_size under [scheduler]. Flags override the environment, which overrides the file.",
         )
-        .arg(
-            Arg::new("model.path")
-                .value_name("MODEL")
-                .conflicts_with(generic_id("model.path"))
-                .help("A Hugging Face directory, or a hub name owner/name[@revision]; without it the demo model"),
-        );
+        .arg(Arg::new("model.path").value_name("MODEL").conflicts_with(generic_id("model.path")).help(
+            "A Hugging Face directory, a GGUF file, or a hub name owner/name[@revision]; without it the demo model",
+        ));
     for (name, key, value, help) in SHORTHANDS {
         serve = serve.arg(Arg::new(*name).long(*name).value_name(*value).help(*help).conflicts_with(generic_id(key)));
     }
