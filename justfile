@@ -32,6 +32,12 @@ deny:
 bench:
     cargo bench --workspace
     cargo run --release -- bench scheduler
+    cargo run --release -- bench machine
+    cargo run --release -- bench model
+
+# Draws benches/throughput.svg from benches/*.json; needs Python, nothing else.
+plot:
+    python3 benches/plot.py
 
 # Remakes the parity fixtures; needs Python with torch and transformers.
 fixtures:

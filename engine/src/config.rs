@@ -71,8 +71,9 @@ pub struct EngineConfig {
     pub load_format: LoadFormat,
     /// Threads that compute; 0 is one per core. The engine's own thread is one of them.
     pub num_threads: usize,
-    /// Bytes for the KV cache; 0 takes a share of the memory that is free when the weights are loaded, bounded by what
-    /// `max_num_seqs` sequences of `max_model_len` could use.
+    /// Bytes for the KV cache; 0 takes as much as the weights do, at least 64 MiB and one sequence of `max_model_len`,
+    /// bounded by 60 % of the free memory and by what `max_num_seqs` sequences could use. All of it is resident before
+    /// the model is ready: more serves more and longer requests at a time.
     pub kv_cache_memory: u64,
     /// 1 plans the next step while one is computing; 0 plans after it. Worth it where the device is not this CPU.
     pub pipeline_depth: u32,

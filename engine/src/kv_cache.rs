@@ -7,8 +7,11 @@ use crate::config::SchedulerSettings;
 use crate::error::EngineError;
 use crate::models::config::ModelConfig;
 
-/// Share of the free memory that the cache takes where nobody says how much, in percent.
+/// Most of the free memory that the cache takes where nobody says how much, in percent.
 const FREE_MEMORY_PERCENT: u64 = 60;
+/// The cache is as large as the weights where nobody says how much, and at least this: clearing more of it before the
+/// server is ready would take longer than loading the model.
+const MIN_DEFAULT_BYTES: u64 = 64 << 20;
 /// Slots are `u32` on the device.
 const MAX_SLOTS: u64 = 1 << 31;
 
@@ -17,8 +20,9 @@ const MAX_SLOTS: u64 = 1 << 31;
 pub(crate) enum Budget {
     /// As configured: all of it.
     Exact(u64),
-    /// A share of what is free, and no more than the configured sequences can use.
-    ShareOf(u64),
+    /// As much as the weights take, or one sequence of the longest length where that is more; within a share of what is
+    /// free, and no more than the configured sequences can use.
+    Default { free: u64, weights: u64 },
 }
 
 /// The cache as it will be allocated.
@@ -76,9 +80,11 @@ impl KvPlan {
         };
         let (bytes, most_blocks) = match budget {
             Budget::Exact(bytes) => (bytes, u64::MAX),
-            Budget::ShareOf(free) => {
-                let useful = u64::from(settings.max_num_seqs) * u64::from(blocks_for(wanted));
-                (free / 100 * FREE_MEMORY_PERCENT, useful)
+            Budget::Default { free, weights } => {
+                let longest = u64::from(blocks_for(wanted));
+                let plenty = weights.max(MIN_DEFAULT_BYTES).max(longest.saturating_mul(block_bytes));
+                let useful = u64::from(settings.max_num_seqs) * longest;
+                (plenty.min(free / 100 * FREE_MEMORY_PERCENT), useful)
             }
         };
         let limit = most_blocks.min(MAX_SLOTS / u64::from(block_size));
@@ -175,9 +181,26 @@ mod tests {
 
     #[test]
     fn a_share_is_capped_by_what_the_sequences_can_use() {
-        let plan_of = |free| plan(0, Budget::ShareOf(free)).unwrap().groups[0].num_blocks;
-        assert_eq!(plan_of(1 << 40), 4 * 16);
-        assert_eq!(u64::from(plan_of(100 * BLOCK_BYTES)), FREE_MEMORY_PERCENT);
+        let plan_of = |free, weights| plan(0, Budget::Default { free, weights }).unwrap().groups[0].num_blocks;
+        assert_eq!(plan_of(1 << 40, 1 << 40), 4 * 16);
+        assert_eq!(u64::from(plan_of(100 * BLOCK_BYTES, 1 << 40)), FREE_MEMORY_PERCENT);
+    }
+
+    #[test]
+    fn the_default_follows_the_weights_and_holds_the_longest_sequence() {
+        let blocks_of = |max_num_seqs, weights| {
+            let config = ModelConfig::parse(
+                JSON.replace("\"max_position_embeddings\":256", "\"max_position_embeddings\":32768").as_bytes(),
+            )
+            .unwrap();
+            let settings = SchedulerSettings { max_num_seqs, ..SchedulerSettings::default() };
+            let budget = Budget::Default { free: 1 << 40, weights };
+            u64::from(KvPlan::new(&config, DType::F32, &settings, budget).unwrap().groups[0].num_blocks)
+        };
+        assert_eq!(blocks_of(64, 100 << 20), (100 << 20) / BLOCK_BYTES);
+        assert_eq!(blocks_of(64, 1 << 20), MIN_DEFAULT_BYTES / BLOCK_BYTES);
+        let longest = 32768 / 16;
+        assert_eq!(blocks_of(1, 100 << 20), longest);
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! that is dropped ends its request at the next step boundary. What the device computed for a request depends on the
 //! request alone: see [`quire_kernels::Backend`] for what makes that so, and `tests/reproducible.rs` for the proof.
 
+pub mod bench;
 mod config;
 mod error;
 mod executor;

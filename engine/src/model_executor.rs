@@ -114,7 +114,12 @@ impl<B: Backend> ModelExecutor<B> {
         config.drop_long_windows(kv_cache::wanted_model_len(&config, settings)?);
         // Plan once as if all memory were free: settings that can never work should fail before minutes of loading.
         let exact = Some(engine.kv_cache_memory).filter(|bytes| *bytes > 0).map(Budget::Exact);
-        let plan = KvPlan::new(&config, dtype, settings, exact.unwrap_or(Budget::ShareOf(u64::MAX)))?;
+        let plan = KvPlan::new(
+            &config,
+            dtype,
+            settings,
+            exact.unwrap_or(Budget::Default { free: u64::MAX, weights: u64::MAX }),
+        )?;
         crate::scheduler_config(plan.max_model_len, settings, plan.groups).validate()?;
         let windows = plan.windows;
         let max_num_tokens = settings.max_num_batched_tokens as usize;
@@ -122,7 +127,8 @@ impl<B: Backend> ModelExecutor<B> {
         let digest = weights.digest();
         drop(weights);
         let free = memory::free_memory();
-        let budget = exact.unwrap_or(Budget::ShareOf(free));
+        let weights = decoder.size().weight_bytes;
+        let budget = exact.unwrap_or(Budget::Default { free, weights });
         let config = decoder.config();
         let kv_plan = KvPlan::new(config, dtype, settings, budget)?;
         if kv_plan.total_bytes() > free {
@@ -199,13 +205,19 @@ impl<B: Backend> ModelExecutor<B> {
         self.sampler_rows.set(&mut self.backend, &mut self.sampler, admission, self.vocab_size)
     }
 
-    /// Uploads the step's arrays and runs the layers.
-    fn forward(&mut self) -> Result<(), KernelError> {
+    fn upload_block_tables(&mut self) -> Result<(), KernelError> {
         let Self { backend, tables, batch, .. } = self;
         for update in &batch.table_updates {
             let blocks = &batch.block_tables[update.group][update.offset..][..update.len];
             backend.write_u32(&mut tables.block_tables[update.group], update.offset, blocks)?;
         }
+        Ok(())
+    }
+
+    /// Uploads the step's arrays and runs the layers.
+    fn forward(&mut self) -> Result<(), KernelError> {
+        self.upload_block_tables()?;
+        let Self { backend, tables, batch, .. } = self;
         backend.write_u32(&mut tables.token_indices, 0, &batch.token_indices)?;
         backend.write_u32(&mut tables.positions, 0, &batch.positions)?;
         backend.write_u32(&mut tables.cu_seqlens, 0, &batch.cu_seqlens)?;
@@ -327,6 +339,67 @@ impl<B: Backend> ModelExecutor<B> {
             answer(i, TokenLogprobs { logprob: values[0], rank: ids[0], top });
         }
         Ok(())
+    }
+}
+
+/// What a step of the model moves and computes, caches left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Work {
+    /// Bytes of the layers' weights, and of the output layer's; an embedding of its own is read in single rows.
+    pub layer_bytes: u64,
+    pub output_bytes: u64,
+    /// For each token in the layers' products, and for each token that is sampled.
+    pub layer_flops: u64,
+    pub output_flops: u64,
+    /// For each token that a token sees, in each layer.
+    attention_flops: u64,
+}
+
+impl Work {
+    /// Of contexts, per KV group: layers, and tokens seen.
+    pub(crate) fn attention_flops(&self, contexts: &[(u64, u64)]) -> u64 {
+        contexts.iter().map(|(layers, seen)| layers * seen * self.attention_flops).sum()
+    }
+}
+
+impl<B: Backend> ModelExecutor<B> {
+    pub(crate) fn work(&self) -> Work {
+        let (config, size) = (self.decoder.config(), self.decoder.size());
+        let output = (config.vocab_size * config.hidden_size) as u64;
+        let embeddings = if config.tie_word_embeddings { output } else { 2 * output };
+        let layers = size.num_parameters.saturating_sub(embeddings);
+        // Nearly all parameters are stored alike.
+        let bytes = |parameters: u64| {
+            (u128::from(size.weight_bytes) * u128::from(parameters) / u128::from(size.num_parameters.max(1))) as u64
+        };
+        let shape = config.attention_shape();
+        Work {
+            layer_bytes: bytes(layers),
+            output_bytes: bytes(output),
+            layer_flops: 2 * layers,
+            output_flops: 2 * output,
+            attention_flops: 4 * (shape.num_heads * shape.head_dim) as u64,
+        }
+    }
+
+    /// Takes in a plan's rows and blocks as [`Executor::launch`] does, and says that all was computed without computing
+    /// it: contexts of any length in no time, where only the pace of what follows is asked for. K and V are whatever
+    /// the cache holds, sampled tokens are 0.
+    pub(crate) fn adopt(&mut self, plan: &StepPlan) -> Result<StepOutput, EngineError> {
+        self.batch.build(plan);
+        for admission in &plan.admitted {
+            self.admit(admission)?;
+        }
+        self.upload_block_tables()?;
+        let mut output = StepOutput::new(plan.step_id);
+        for sequence in &plan.sequences {
+            let token: &[u32] = if sequence.samples { &[0] } else { &[] };
+            let next = sequence.num_computed_tokens + sequence.num_scheduled_tokens;
+            let offset = sequence.row.0 as usize * self.shape.max_model_len + next as usize;
+            self.backend.write_u32(&mut self.tables.token_table, offset, token)?;
+            output.push_computed(sequence.num_scheduled_tokens, token);
+        }
+        Ok(output)
     }
 }
 

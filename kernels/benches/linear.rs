@@ -93,9 +93,10 @@ fn main() {
     let limits = peaks::measure(&backend).expect("memory");
     println!("{:?}", backend.info());
     println!(
-        "peaks: read {:.1} GB/s, bf16 {:.0} GFLOP/s, f32 {:.0} GFLOP/s",
+        "peaks: read {:.1} GB/s, bf16 {:.0} GFLOP/s, int8 {:.0} GOP/s, f32 {:.0} GFLOP/s",
         limits.read_bytes_per_second / 1e9,
         limits.bf16_flops_per_second / 1e9,
+        limits.int8_ops_per_second / 1e9,
         limits.f32_flops_per_second / 1e9
     );
     println!(

@@ -27,7 +27,7 @@ use crate::inflight::Inflight;
 use crate::lifecycle::{Lifecycle, NotReady, Serving, StepPace};
 use crate::listener::Listener;
 use crate::metrics::{self, Listener as Kind, ModelMetrics, StepMetrics};
-use crate::served_model::ServedModel;
+use crate::served_model::{ServedModel, TextSide};
 use crate::shutdown::{self, Shutdown, Signals};
 use crate::worker::LocalWorker;
 use crate::{demo, gguf, hub, telemetry};
@@ -212,16 +212,28 @@ fn load(
     let name = config.server.model_name.clone().unwrap_or(own_name);
     let start = Instant::now();
     let observer = Box::new(Observer { metrics: StepMetrics::new(), pace });
-    let engine = quire_engine::start(&source, &config.engine, &config.scheduler, observer)
-        .map_err(|error| AppError::Model(format!("cannot serve {name}: {error}")))?;
-    let model = ServedModel::load_with(&source, name, engine.model(), &config.limits)
+    // A large vocabulary takes as long to read as the weights of a small model: both at once.
+    let (engine, text) = std::thread::scope(|scope| {
+        let text = scope.spawn(|| {
+            let text = TextSide::load(&source, &config.limits);
+            tracing::debug!(seconds = start.elapsed().as_secs_f64(), "read the tokenizer");
+            text
+        });
+        let engine = quire_engine::start(&source, &config.engine, &config.scheduler, observer);
+        tracing::debug!(seconds = start.elapsed().as_secs_f64(), "loaded the weights and took all memory");
+        (engine, text.join())
+    });
+    let engine = engine.map_err(|error| AppError::Model(format!("cannot serve {name}: {error}")))?;
+    let text = text
+        .map_err(|_| AppError::Model("reading the tokenizer failed".to_owned()))?
         .map_err(|error| AppError::Model(format!("cannot serve the model: {error}")))?;
+    let model = ServedModel::new(text, name, engine.model());
     say_what_is_served(&source, model.name(), engine.model(), start.elapsed());
     Ok((engine, model))
 }
 
 /// A directory, a GGUF file, a name to be pulled, or the model that is compiled in; and the name that it goes by.
-fn find(config: &Config, environment: &Environment) -> Result<(ModelSource, String), AppError> {
+pub(crate) fn find(config: &Config, environment: &Environment) -> Result<(ModelSource, String), AppError> {
     let Some(wanted) = &config.model.path else {
         return Ok((ModelSource::Embedded(&demo::MODEL), demo::MODEL.name.to_owned()));
     };

@@ -144,6 +144,14 @@ impl TokenTable {
         Ok(table)
     }
 
+    /// Adds rows without bytes up to `vocab_size`.
+    pub fn cover(&mut self, vocab_size: u32) {
+        if self.bytes.len() < vocab_size as usize {
+            self.bytes.resize(vocab_size as usize, Arc::from([]));
+            self.special.resize(vocab_size as usize, false);
+        }
+    }
+
     /// The token's bytes; none for a row of the model that the tokenizer does not know.
     pub fn bytes(&self, id: u32) -> Arc<[u8]> {
         self.bytes.get(id as usize).cloned().unwrap_or_else(|| Arc::from([]))

@@ -3,13 +3,13 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use quire_router::app;
 use quire_router::config::{self, Command, Environment};
-use quire_router::{app, bench};
 
 fn main() -> ExitCode {
     let (file, flags, print_config) = match config::parse(std::env::args_os()) {
         Ok(Command::Serve { file, flags, print_config }) => (file, flags, print_config),
-        Ok(Command::BenchScheduler) => return bench::scheduler(),
+        Ok(Command::Bench(bench)) => return bench.run(),
         Err(error) => error.exit(),
     };
     let loaded = match config::load(file.as_deref(), Environment::of_process(), &flags) {

@@ -48,23 +48,24 @@ pub struct ServedModel {
     defaults: GenerationDefaults,
 }
 
-impl ServedModel {
-    /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` or `.json`, and `generation_config.json`, or
-    /// what a GGUF file has in their place.
-    pub fn load(source: &ModelSource, name: String, info: &ModelInfo) -> Result<Self, LoadError> {
-        Self::load_with(source, name, info, &Limits::default())
-    }
+/// A model's text side, read: what can be had before the engine's side is known.
+pub struct TextSide {
+    tokenizer: TextTokenizer,
+    chat_template: Option<ChatTemplate>,
+    defaults: GenerationDefaults,
+}
 
-    /// The same, with the operator's limits for chat templates.
-    pub fn load_with(source: &ModelSource, name: String, info: &ModelInfo, limits: &Limits) -> Result<Self, LoadError> {
+impl TextSide {
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` or `.json`, and `generation_config.json`, or
+    /// what a GGUF file has in their place. `limits` are the operator's for chat templates.
+    pub fn load(source: &ModelSource, limits: &Limits) -> Result<Self, LoadError> {
         let (tokenizer, chat_template) = match source {
             ModelSource::Gguf(path) => {
                 let metadata = quire_engine::gguf::read_metadata(path)
                     .map_err(|cause| LoadError { file: "GGUF file", why: cause.to_string() })?;
-                let tokenizer =
-                    TextTokenizer::load(&gguf::tokenizer_json(&metadata)?, info.vocab_size).map_err(|error| {
-                        LoadError { file: "GGUF metadata", why: format!("the tokenizer: {}", error.why) }
-                    })?;
+                let tokenizer = TextTokenizer::load(&gguf::tokenizer_json(&metadata)?, 0).map_err(|error| {
+                    LoadError { file: "GGUF metadata", why: format!("the tokenizer: {}", error.why) }
+                })?;
                 (tokenizer, gguf::chat_template(&metadata, limits)?)
             }
             ModelSource::Directory(_) | ModelSource::Embedded(_) => {
@@ -73,12 +74,25 @@ impl ServedModel {
                     .read(file)
                     .map_err(|cause| LoadError { file, why: cause.to_string() })?
                     .ok_or_else(|| LoadError { file, why: "the model has no such file".into() })?;
-                (TextTokenizer::load(&tokenizer, info.vocab_size)?, ChatTemplate::load(source, limits)?)
+                (TextTokenizer::load(&tokenizer, 0)?, ChatTemplate::load(source, limits)?)
             }
         };
-        let defaults = read_defaults(source)?;
+        Ok(Self { tokenizer, chat_template, defaults: read_defaults(source)? })
+    }
+}
+
+impl ServedModel {
+    /// Reads the text files of a model whose engine's side is `info`.
+    pub fn load(source: &ModelSource, name: String, info: &ModelInfo) -> Result<Self, LoadError> {
+        Ok(Self::new(TextSide::load(source, &Limits::default())?, name, info))
+    }
+
+    /// Both sides of a model.
+    pub fn new(text: TextSide, name: String, info: &ModelInfo) -> Self {
+        let TextSide { mut tokenizer, chat_template, defaults } = text;
+        tokenizer.cover(info.vocab_size);
         let digest: String = info.digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
-        Ok(Self {
+        Self {
             name,
             info: info.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
@@ -86,7 +100,7 @@ impl ServedModel {
             tokenizer: Arc::new(tokenizer),
             chat_template: chat_template.map(Arc::new),
             defaults,
-        })
+        }
     }
 
     /// The name clients ask for.

@@ -98,6 +98,14 @@ impl TextTokenizer {
         Ok(tokenizer)
     }
 
+    /// Makes room in the table for a model with `vocab_size` rows, where the tokenizer has fewer tokens.
+    pub fn cover(&mut self, vocab_size: u32) {
+        // Nobody holds the table yet: it is handed out by a tokenizer that is shared itself.
+        if let Some(table) = Arc::get_mut(&mut self.table) {
+            table.cover(vocab_size);
+        }
+    }
+
     /// Bytes of every token.
     pub fn table(&self) -> &Arc<TokenTable> {
         &self.table

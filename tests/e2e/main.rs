@@ -1,5 +1,6 @@
 //! End-to-end tests: real HTTP and gRPC against a running server, one binary for all of them.
 
+mod bench;
 mod crate_graph;
 mod faces;
 mod hostile;

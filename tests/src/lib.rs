@@ -26,7 +26,7 @@ pub struct Server {
 }
 
 /// The program beside this test's own binary. `cargo test` of the workspace builds it first.
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     let own = std::env::current_exe().expect("a test knows its own path");
     let path = own.ancestors().nth(2).expect("target/<profile>/deps/<test>").join("quire");
     assert!(path.exists(), "{} is not built: run `cargo build` first", path.display());

@@ -1,9 +1,12 @@
-//! Host memory of the CPU device: aligned, zeroed, and not resident before it is touched.
+//! Host memory of the CPU device: aligned, zeroed, and given by the system before anything is computed in it.
 
 use std::alloc::Layout;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::ThreadPool;
 use crate::{DType, KernelError, KvLayout};
 
 /// Alignment of everything here: one cache line, one AVX-512 register.
@@ -15,7 +18,13 @@ const MAP_FROM_BYTES: usize = 4 << 20;
 /// Bytes of a huge page; mapped memory starts at a multiple of it.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Zeroed bytes, aligned to [`ALIGN`]. Large ones are mapped, so that pages nobody touched cost nothing.
+/// Bytes that [`AlignedBytes::populate`] asks the system for at a time.
+const POPULATE_BYTES: usize = 32 << 20;
+
+/// The least that systems call a page.
+const PAGE_BYTES: usize = 4096;
+
+/// Zeroed bytes, aligned to [`ALIGN`]. Large ones are mapped straight from the system.
 pub(crate) struct AlignedBytes {
     ptr: NonNull<u8>,
     len: usize,
@@ -46,8 +55,16 @@ unsafe impl Send for AlignedBytes {}
 unsafe impl Sync for AlignedBytes {}
 
 impl AlignedBytes {
-    /// `len` zero bytes. `what` names them in the error.
+    /// `len` zero bytes that are resident. `what` names them in the error.
     pub(crate) fn zeroed(what: &'static str, len: usize) -> Result<Self, KernelError> {
+        let mut bytes = Self::reserved(what, len)?;
+        bytes.populate(what, None)?;
+        Ok(bytes)
+    }
+
+    /// `len` zero bytes whose pages the system gives when they are first written: for what is filled at once, or
+    /// populated with the help of a pool.
+    pub(crate) fn reserved(what: &'static str, len: usize) -> Result<Self, KernelError> {
         let out_of_memory = || KernelError::OutOfMemory { what, bytes: len as u64 };
         if len == 0 {
             // An aligned address that is never read: there are no bytes behind it.
@@ -98,6 +115,57 @@ impl AlignedBytes {
         Some(Self { ptr, len, owner: Owner::Mapping { base, len: map_len } })
     }
 
+    /// Makes all pages resident now, so that no step waits for the system to give and clear them, or finds that there
+    /// are none left. Fails where the system says so; one that promises more than it has ends processes instead.
+    pub(crate) fn populate(&mut self, what: &'static str, pool: Option<&ThreadPool>) -> Result<(), KernelError> {
+        let num_pieces = self.len.div_ceil(POPULATE_BYTES);
+        let is_refused = AtomicBool::new(false);
+        let memory = &*self;
+        let populate = |_: usize, pieces: Range<usize>| {
+            for piece in pieces {
+                let start = piece * POPULATE_BYTES;
+                if !memory.populate_piece(start..(start + POPULATE_BYTES).min(memory.len)) {
+                    is_refused.store(true, Ordering::Relaxed);
+                }
+            }
+        };
+        match pool {
+            Some(pool) => pool.run_ranges(num_pieces, 1, &populate),
+            None => populate(0, 0..num_pieces),
+        }
+        match is_refused.into_inner() {
+            true => Err(KernelError::OutOfMemory { what, bytes: self.len as u64 }),
+            false => Ok(()),
+        }
+    }
+
+    /// False where there is no memory.
+    fn populate_piece(&self, range: Range<usize>) -> bool {
+        #[cfg(target_os = "linux")]
+        if matches!(self.owner, Owner::Mapping { .. }) {
+            // SAFETY: the range lies inside the mapping, which starts at a page; pages keep what they hold.
+            let done = unsafe {
+                libc::madvise(self.ptr.add(range.start).as_ptr().cast(), range.len(), libc::MADV_POPULATE_WRITE)
+            };
+            if done == 0 {
+                return true;
+            }
+            // Systems before Linux 5.14 do not know this advice.
+            if std::io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL) {
+                return false;
+            }
+        }
+        for offset in range.step_by(PAGE_BYTES) {
+            // SAFETY: the byte is inside this memory, and nobody else can reach it: `populate` has the only reference,
+            // and every piece is one thread's. It keeps its value. Volatile, so that it is written all the same.
+            unsafe {
+                let byte = self.ptr.add(offset).as_ptr();
+                byte.write_volatile(byte.read_volatile());
+            }
+        }
+        true
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.len
     }
@@ -145,15 +213,15 @@ pub(crate) struct Arena {
 impl Arena {
     const CHUNK_BYTES: usize = 64 << 20;
 
-    /// `len` zero bytes, alone where they are a large part of a chunk.
+    /// `len` zero bytes, alone where they are a large part of a chunk. They become resident as they are filled.
     pub(crate) fn zeroed(&mut self, what: &'static str, len: usize) -> Result<AlignedBytes, KernelError> {
         if len == 0 || len > Self::CHUNK_BYTES / 2 {
-            return AlignedBytes::zeroed(what, len);
+            return AlignedBytes::reserved(what, len);
         }
         let chunk = match &self.chunk {
             Some(chunk) if self.used + len <= chunk.len() => Arc::clone(chunk),
             _ => {
-                let chunk = Arc::new(AlignedBytes::zeroed(what, Self::CHUNK_BYTES)?);
+                let chunk = Arc::new(AlignedBytes::reserved(what, Self::CHUNK_BYTES)?);
                 self.chunk = Some(Arc::clone(&chunk));
                 self.used = 0;
                 chunk
@@ -250,8 +318,8 @@ pub struct CpuKv {
 }
 
 impl CpuKv {
-    /// Zeros for all layers and blocks. Fails with `KernelError::Type` unless the layout holds `F32` or `Bf16`.
-    pub fn zeroed(layout: &KvLayout) -> Result<Self, KernelError> {
+    /// Zeros for all layers and blocks, made resident by all threads of `pool`. Fails with `KernelError::Type` unless the layout holds `F32` or `Bf16`.
+    pub fn zeroed(layout: &KvLayout, pool: &ThreadPool) -> Result<Self, KernelError> {
         if !matches!(layout.dtype, DType::F32 | DType::Bf16) {
             return Err(KernelError::Type { op: "alloc_kv", argument: "dtype", found: layout.dtype.name() });
         }
@@ -260,7 +328,9 @@ impl CpuKv {
             .try_fold(2 * layout.dtype.size(), usize::checked_mul)
             .filter(|&bytes| bytes <= isize::MAX as usize)
             .ok_or(KernelError::OutOfMemory { what: "KV cache", bytes: u64::MAX })?;
-        Ok(Self { layout: *layout, bytes: AlignedBytes::zeroed("KV cache", num_bytes)? })
+        let mut bytes = AlignedBytes::reserved("KV cache", num_bytes)?;
+        bytes.populate("KV cache", Some(pool))?;
+        Ok(Self { layout: *layout, bytes })
     }
 
     pub fn layout(&self) -> &KvLayout {
@@ -342,6 +412,37 @@ mod tests {
         }
         let large = Arena::default().zeroed("test", Arena::CHUNK_BYTES).expect("lazily zeroed");
         assert_eq!(large.len(), Arena::CHUNK_BYTES);
+    }
+
+    /// Pages of a range that are resident.
+    #[cfg(target_os = "linux")]
+    fn num_resident(bytes: &AlignedBytes) -> usize {
+        let mut pages = vec![0_u8; bytes.len().div_ceil(PAGE_BYTES)];
+        // SAFETY: the range is mapped and starts at a page; `pages` has a byte for each.
+        let done = unsafe { libc::mincore(bytes.as_ptr().cast_mut().cast(), bytes.len(), pages.as_mut_ptr()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        pages.iter().filter(|&&page| page & 1 == 1).count()
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn memory_is_resident_when_it_is_given_and_keeps_what_it_holds() {
+        let len = POPULATE_BYTES + 3 * HUGE_PAGE_BYTES;
+        let pages = len / PAGE_BYTES;
+        assert_eq!(num_resident(&AlignedBytes::zeroed("test", len).expect("small enough")), pages);
+        let mut bytes = AlignedBytes::reserved("test", len).expect("small enough");
+        assert!(num_resident(&bytes) < pages);
+        bytes.view_mut::<u8>()[len - 1] = 7;
+        let pool = ThreadPool::new(2).expect("threads");
+        bytes.populate("test", Some(&pool)).expect("there is memory");
+        assert_eq!(num_resident(&bytes), pages);
+        assert!(bytes.view::<u8>()[..len - 1].iter().all(|&byte| byte == 0));
+        assert_eq!(bytes.view::<u8>()[len - 1], 7);
+        // The allocator's memory, page by page.
+        let mut small = AlignedBytes::reserved("test", 3 * PAGE_BYTES).expect("small enough");
+        small.view_mut::<u8>()[PAGE_BYTES] = 9;
+        small.populate("test", None).expect("there is memory");
+        assert_eq!(small.view::<u8>().iter().filter(|&&byte| byte != 0).count(), 1);
     }
 
     #[test]

@@ -113,7 +113,7 @@ impl Backend for CpuBackend {
 
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CpuKv, KernelError> {
         layout.validate()?;
-        CpuKv::zeroed(layout)
+        CpuKv::zeroed(layout, &self.pool)
     }
 
     fn alloc_sampler(&mut self, shape: &SamplerShape) -> Result<Self::Sampler, KernelError> {

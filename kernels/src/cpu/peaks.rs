@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use super::buffer::AlignedBytes;
 use super::lanes::{LANES, Lanes, Vectorized, vectorize};
-use super::{CpuBackend, Isa, ThreadPool};
+use super::{CpuBackend, Isa};
 use crate::{DType, KernelError};
 
-/// Bytes read by [`read_bytes_per_second`]: far more than any cache.
-const READ_BYTES: usize = 256 << 20;
+/// Bytes read by [`read_bytes_per_second`]: several times the largest cache, as the weights of a model are.
+const READ_BYTES: usize = 1 << 30;
 
 /// Best of so many tries: the machine may have other work.
 const NUM_TRIES: usize = 5;
@@ -21,82 +21,110 @@ pub struct Peaks {
     pub read_bytes_per_second: f64,
     /// Multiplications and additions on registers alone, as `linear` does them with bf16 weights.
     pub bf16_flops_per_second: f64,
-    /// The same with f32 weights.
+    /// Products of bytes and their sums in 32 bits, as `linear` does them with quantized weights, two operations each:
+    /// `vpdpbusd` on AVX-512, two `vpmaddwd` on AVX2, plain loops elsewhere.
+    pub int8_ops_per_second: f64,
+    /// Multiplications and additions on registers alone with f32 weights.
     pub f32_flops_per_second: f64,
 }
 
-/// Measures for about half a second, with a quarter of a gigabyte of memory.
+/// Measures for about a second, with a gigabyte of memory. A backend of one thread gives the figures of one core.
 pub fn measure(backend: &CpuBackend) -> Result<Peaks, KernelError> {
     Ok(Peaks {
-        read_bytes_per_second: read_bytes_per_second(&backend.pool)?,
+        read_bytes_per_second: read_bytes_per_second(backend)?,
         bf16_flops_per_second: flops_per_second(backend, DType::Bf16),
+        int8_ops_per_second: int8_ops_per_second(backend),
         f32_flops_per_second: flops_per_second(backend, DType::F32),
     })
 }
 
-fn read_bytes_per_second(pool: &ThreadPool) -> Result<f64, KernelError> {
+fn read_bytes_per_second(backend: &CpuBackend) -> Result<f64, KernelError> {
     let mut memory = AlignedBytes::zeroed("bandwidth measurement", READ_BYTES)?;
     // Pages that nobody wrote are all the same page of zeros.
     memory.view_mut::<u8>().fill(1);
-    let words = memory.view::<u32>();
+    let (isa, numbers) = (backend.isa, memory.view::<f32>());
     let seconds = best_seconds(|| {
-        pool.run_ranges(words.len(), 1024, &|_, range| {
-            let mut sums = [0_u32; 64];
-            for lines in words[range].chunks_exact(64) {
-                #[cfg(target_arch = "x86_64")]
-                for line in 0..4 {
-                    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                    // SAFETY: fetching ahead reads nothing, whatever the address.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(lines.as_ptr().wrapping_add(1024 + line * 16).cast()) };
-                }
-                for (sum, word) in sums.iter_mut().zip(lines) {
-                    *sum |= word;
-                }
-            }
-            black_box(sums);
+        backend.pool.run_ranges(numbers.len(), 1024, &|_, range| {
+            black_box(vectorize(isa, Read { numbers: &numbers[range] }));
         });
     });
     Ok(READ_BYTES as f64 / seconds)
 }
 
+/// Adds up all numbers, so that each is read once.
+struct Read<'a> {
+    numbers: &'a [f32],
+}
+
+impl Vectorized for Read<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) -> f32 {
+        const UNROLL: usize = 4;
+        let mut sums = [simd.splat(0.0); UNROLL];
+        for lines in self.numbers.chunks_exact(UNROLL * LANES) {
+            for (sum, line) in sums.iter_mut().zip(lines.chunks_exact(LANES)) {
+                #[cfg(target_arch = "x86_64")]
+                {
+                    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+                    // SAFETY: fetching ahead reads nothing, whatever the address.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(1024).cast()) };
+                }
+                *sum = simd.add(*sum, simd.load_slice(line, 0.0));
+            }
+        }
+        simd.sum(sums.into_iter().reduce(|a, b| simd.add(a, b)).expect("there are some"))
+    }
+}
+
+/// Rounds of every measurement on registers.
+const NUM_ROUNDS: usize = 200_000;
+
 fn flops_per_second(backend: &CpuBackend, dtype: DType) -> f64 {
-    const NUM_ROUNDS: usize = 200_000;
-    // Elsewhere bf16 is widened to f32 first.
     let isa = backend.isa;
+    // Elsewhere bf16 is widened to f32 first.
     let in_pairs = dtype == DType::Bf16 && isa == Isa::Avx512Bf16;
+    // Independent sums: more than the latency of any multiplication, and no more than the registers hold.
+    if isa >= Isa::Avx512 {
+        rounds_per_second(backend, || vectorize(isa, Multiply::<12> { in_pairs }))
+            * (12 * LANES * if in_pairs { 4 } else { 2 }) as f64
+    } else {
+        rounds_per_second(backend, || vectorize(isa, Multiply::<6> { in_pairs })) * (6 * LANES * 2) as f64
+    }
+}
+
+/// How many rounds all threads together get done, where `work` does [`NUM_ROUNDS`].
+fn rounds_per_second<T>(backend: &CpuBackend, work: impl Fn() -> T + Sync) -> f64 {
     let seconds = best_seconds(|| {
         backend.pool.run(&|_| {
-            black_box(vectorize(isa, Multiply { in_pairs, num_rounds: NUM_ROUNDS }));
+            black_box(work());
         });
     });
-    let flops_per_round = NUM_CHAINS * LANES * if in_pairs { 4 } else { 2 };
-    (backend.num_threads() * NUM_ROUNDS * flops_per_round) as f64 / seconds
+    (backend.num_threads() * NUM_ROUNDS) as f64 / seconds
 }
 
-/// Independent sums: more than the latency of any multiplication, fewer than half of the registers.
-const NUM_CHAINS: usize = 6;
-
-struct Multiply {
+/// Multiplies into `N` independent sums.
+struct Multiply<const N: usize> {
     in_pairs: bool,
-    num_rounds: usize,
 }
 
-impl Vectorized for Multiply {
+impl<const N: usize> Vectorized for Multiply<N> {
     type Output = f32;
 
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) -> f32 {
         let x = simd.splat(black_box(1.0));
         let pair = simd.splat_pair(black_box(0x3f80_3f80));
-        let mut acc = [simd.splat(0.0); NUM_CHAINS];
+        let mut acc = [simd.splat(0.0); N];
         if self.in_pairs {
-            for _ in 0..self.num_rounds {
+            for _ in 0..NUM_ROUNDS {
                 for acc in &mut acc {
                     *acc = simd.dot_pairs(*acc, pair, pair);
                 }
             }
         } else {
-            for _ in 0..self.num_rounds {
+            for _ in 0..NUM_ROUNDS {
                 for acc in &mut acc {
                     *acc = simd.fma(x, x, *acc);
                 }
@@ -110,6 +138,76 @@ impl Vectorized for Multiply {
     }
 }
 
+fn int8_ops_per_second(backend: &CpuBackend) -> f64 {
+    match backend.isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a backend is made only for instructions that the machine has; `Isa::Avx512` includes VNNI.
+        Isa::Avx512 => rounds_per_second(backend, || unsafe { x86::int8_avx512() }) * x86::AVX512_OPS as f64,
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => rounds_per_second(backend, || unsafe { x86::int8_avx2() }) * x86::AVX2_OPS as f64,
+        _ => rounds_per_second(backend, int8_portable) * PORTABLE_OPS as f64,
+    }
+}
+
+/// Of a round of [`int8_portable`].
+const PORTABLE_OPS: usize = LANES * 4 * 2;
+
+/// Four products for each sum, with the sum's own bytes as one side, so that no round can be left out.
+fn int8_portable() -> i32 {
+    let codes: [[u8; 4]; LANES] = black_box([[3; 4]; LANES]);
+    let mut sums = [1_i32; LANES];
+    for _ in 0..NUM_ROUNDS {
+        for (sum, codes) in sums.iter_mut().zip(&codes) {
+            let products = codes.iter().zip(sum.to_ne_bytes()).map(|(&a, b)| i32::from(a) * i32::from(b as i8));
+            *sum = sum.wrapping_add(products.sum());
+        }
+    }
+    sums.into_iter().fold(0, i32::wrapping_add)
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    use super::NUM_ROUNDS;
+
+    const AVX512_CHAINS: usize = 12;
+    const AVX2_CHAINS: usize = 10;
+    /// Of a round: sums, products for each, and two operations for each product.
+    pub(super) const AVX512_OPS: usize = AVX512_CHAINS * 16 * 4 * 2;
+    pub(super) const AVX2_OPS: usize = AVX2_CHAINS * 8 * 4 * 2;
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn int8_avx512() -> i32 {
+        let codes = _mm512_set1_epi32(black_box(0x0102_0304));
+        let mut acc = [_mm512_setzero_si512(); AVX512_CHAINS];
+        for _ in 0..NUM_ROUNDS {
+            for acc in &mut acc {
+                *acc = _mm512_dpbusd_epi32(*acc, codes, codes);
+            }
+        }
+        let sum = acc.into_iter().reduce(|a, b| _mm512_add_epi32(a, b)).expect("there are some");
+        _mm512_reduce_add_epi32(sum)
+    }
+
+    /// Even and odd bytes apart, as 16-bit numbers. A sum is one side of its next products, so that none is left out.
+    #[target_feature(enable = "avx2")]
+    pub(super) fn int8_avx2() -> i32 {
+        let (even, odd) = (_mm256_set1_epi16(black_box(3)), _mm256_set1_epi16(black_box(5)));
+        let mut acc = [_mm256_set1_epi32(black_box(1)); AVX2_CHAINS];
+        for _ in 0..NUM_ROUNDS {
+            for acc in &mut acc {
+                let products = _mm256_add_epi32(_mm256_madd_epi16(even, *acc), _mm256_madd_epi16(odd, *acc));
+                *acc = _mm256_add_epi32(*acc, products);
+            }
+        }
+        let sum = acc.into_iter().reduce(|a, b| _mm256_add_epi32(a, b)).expect("there are some");
+        _mm256_extract_epi32::<0>(sum)
+    }
+}
+
 fn best_seconds(mut work: impl FnMut()) -> f64 {
     (0..NUM_TRIES)
         .map(|_| {
@@ -118,4 +216,31 @@ fn best_seconds(mut work: impl FnMut()) -> f64 {
             start.elapsed().as_secs_f64()
         })
         .fold(f64::INFINITY, f64::min)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::CpuConfig;
+
+    #[test]
+    fn every_instruction_set_has_its_figures() {
+        for isa in Isa::available() {
+            let backend = CpuBackend::new(CpuConfig { num_threads: 1, isa: Some(isa) }).expect("a thread");
+            for dtype in [DType::Bf16, DType::F32] {
+                let flops = flops_per_second(&backend, dtype);
+                assert!(flops.is_finite() && flops > 0.0, "{isa}: {flops}");
+            }
+            let ops = int8_ops_per_second(&backend);
+            assert!(ops.is_finite() && ops > 0.0, "{isa}: {ops}");
+        }
+    }
+
+    #[test]
+    fn reading_adds_up_every_number() {
+        let numbers = [0.5_f32; 20 * 4 * LANES];
+        for isa in Isa::available() {
+            assert_eq!(vectorize(isa, Read { numbers: &numbers }), 0.5 * numbers.len() as f32, "{isa}");
+        }
+    }
 }

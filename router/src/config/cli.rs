@@ -6,12 +6,13 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, ArgMatches};
 
 use super::layers::{Flag, keys};
+use crate::bench::Bench;
 
 /// What the command line asks for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Serve { file: Option<PathBuf>, flags: Vec<Flag>, print_config: bool },
-    BenchScheduler,
+    Bench(Bench),
 }
 
 /// Flags of their own for the keys that are set most: name, key, name of the value, help.
@@ -28,7 +29,7 @@ const SHORTHANDS: &[(&str, &str, &str, &str)] = &[
         "kv-cache-memory",
         "engine.kv_cache_memory",
         "BYTES",
-        "Memory of the KV cache, as 512MiB or 2GiB [default: measured]",
+        "Memory of the KV cache, as 512MiB or 2GiB [default: as the weights]",
     ),
     ("quantize", "engine.quantize", "FORMAT", "How weights are stored: none, int8 or int4 [default: none]"),
     ("load-format", "engine.load_format", "FORMAT", "auto, or dummy for seeded random weights [default: auto]"),
@@ -46,56 +47,56 @@ const SWITCHES: &[(&str, &str, &str, &str)] = &[
 ];
 
 fn command() -> clap::Command {
-    let mut serve = clap::Command::new("serve")
-        .about("Serve a model over HTTP and gRPC")
+    let serve = with_settings(clap::Command::new("serve").about("Serve a model over HTTP and gRPC")).arg(
+        Arg::new("print-config")
+            .long("print-config")
+            .action(ArgAction::SetTrue)
+            .help("Show every setting and where it comes from, then exit"),
+    );
+    clap::Command::new("quire")
+        .about("Serve open-weights language models to many callers at once")
+        .version(env!("CARGO_PKG_VERSION"))
+        .after_help("Without a command: `quire serve` with the demo model.")
+        .subcommand(serve)
+        .subcommand(Bench::command(with_settings))
+}
+
+/// Adds MODEL and a flag for every key of the configuration.
+fn with_settings(command: clap::Command) -> clap::Command {
+    let mut command = command
         .after_help(
             "Every configuration key is a flag too: --section.key VALUE, for example --scheduler.block-size 32.\n\
-             --print-config lists all keys. In the environment the same key is QUIRE_SCHEDULER__BLOCK_SIZE, in the \
-             file\nit is block_size under [scheduler]. Flags override the environment, which overrides the file.",
+             `quire serve --print-config` lists all keys. In the environment the same key is \
+             QUIRE_SCHEDULER__BLOCK_SIZE,\nin the file it is block_size under [scheduler]. Flags override the \
+             environment, which overrides the file.",
         )
         .arg(Arg::new("model.path").value_name("MODEL").conflicts_with(generic_id("model.path")).help(
             "A Hugging Face directory, a GGUF file, or a hub name owner/name[@revision]; without it the demo model",
         ));
     for (name, key, value, help) in SHORTHANDS {
-        serve = serve.arg(Arg::new(*name).long(*name).value_name(*value).help(*help).conflicts_with(generic_id(key)));
+        command =
+            command.arg(Arg::new(*name).long(*name).value_name(*value).help(*help).conflicts_with(generic_id(key)));
     }
     for (name, key, _, help) in SWITCHES {
-        serve = serve
+        command = command
             .arg(Arg::new(*name).long(*name).action(ArgAction::SetTrue).help(*help).conflicts_with(generic_id(key)));
     }
-    serve = serve
-        .arg(
-            Arg::new("config")
-                .long("config")
-                .value_name("FILE")
-                .value_parser(clap::value_parser!(PathBuf))
-                .help("Read settings from a TOML file"),
-        )
-        .arg(
-            Arg::new("print-config")
-                .long("print-config")
-                .action(ArgAction::SetTrue)
-                .help("Show every setting and where it comes from, then exit"),
-        );
+    command = command.arg(
+        Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .help("Read settings from a TOML file"),
+    );
     for key in keys() {
         let kebab = key.replace('_', "-");
         let mut arg = Arg::new(generic_id(&key)).long(kebab.clone()).value_name("VALUE").hide(true);
         if kebab != key {
             arg = arg.alias(key);
         }
-        serve = serve.arg(arg.allow_hyphen_values(true));
+        command = command.arg(arg.allow_hyphen_values(true));
     }
-    let bench = clap::Command::new("bench")
-        .about("Measure this machine and this build")
-        .subcommand_required(true)
-        .arg_required_else_help(true)
-        .subcommand(clap::Command::new("scheduler").about("The scheduler alone: microseconds for each step"));
-    clap::Command::new("quire")
-        .about("Serve open-weights language models to many callers at once")
-        .version(env!("CARGO_PKG_VERSION"))
-        .after_help("Without a command: `quire serve` with the demo model.")
-        .subcommand(serve)
-        .subcommand(bench)
+    command
 }
 
 fn generic_id(key: &str) -> String {
@@ -113,16 +114,20 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     }
     let mut command = command();
     let matches = command.try_get_matches_from_mut(args)?;
-    match matches.subcommand() {
-        Some(("bench", _)) => Ok(Command::BenchScheduler),
-        Some((_, serve)) => {
-            read_serve(serve).map_err(|message| command.error(clap::error::ErrorKind::InvalidValue, message))
-        }
+    let read = match matches.subcommand() {
+        Some(("bench", bench)) => Bench::read(bench, read_settings).map(Command::Bench),
+        Some((_, serve)) => read_settings(serve).map(|(file, flags)| Command::Serve {
+            file,
+            flags,
+            print_config: serve.get_flag("print-config"),
+        }),
         None => unreachable!("serve is put in where there is no subcommand"),
-    }
+    };
+    read.map_err(|message| command.error(clap::error::ErrorKind::InvalidValue, message))
 }
 
-fn read_serve(matches: &ArgMatches) -> Result<Command, String> {
+/// The configuration's file and the flags that override it.
+fn read_settings(matches: &ArgMatches) -> Result<(Option<PathBuf>, Vec<Flag>), String> {
     let mut flags = Vec::new();
     for key in keys() {
         if let Some(value) = matches.get_one::<String>(&generic_id(&key)) {
@@ -143,7 +148,7 @@ fn read_serve(matches: &ArgMatches) -> Result<Command, String> {
         flags.push(Flag { name: "MODEL".to_owned(), key: "model.path".to_owned(), value: model.clone() });
     }
     let file = matches.get_one::<PathBuf>("config").cloned();
-    Ok(Command::Serve { file, flags, print_config: matches.get_flag("print-config") })
+    Ok((file, flags))
 }
 
 #[cfg(test)]

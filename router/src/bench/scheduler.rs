@@ -1,10 +1,12 @@
-//! `quire bench`: figures of this machine and this build, as a table and as JSON.
+//! `quire bench scheduler`: plan and apply alone, with one plan in flight and no device.
 
-use std::process::ExitCode;
+use std::path::Path;
 use std::time::Instant;
 
 use quire_scheduler::testing::{StepTiming, TimingOptions, time_decode_steps};
 use serde::Serialize;
+
+use super::{BenchError, percentile, write_json};
 
 /// Running sequences of each row of the table.
 const LOADS: [u32; 4] = [1, 32, 128, 256];
@@ -22,8 +24,11 @@ struct SchedulerRow {
     step_mean_us: f64,
 }
 
-/// `quire bench scheduler`: plan and apply alone, with one plan in flight and no device.
-pub fn scheduler() -> ExitCode {
+pub(super) fn command() -> clap::Command {
+    clap::Command::new("scheduler").about("The scheduler alone: microseconds for each step")
+}
+
+pub(super) fn run(json: Option<&Path>) -> Result<(), BenchError> {
     let rows: Vec<SchedulerRow> =
         LOADS.iter().flat_map(|&load| [true, false].map(|prefix_cache| time_load(load, prefix_cache))).collect();
     println!("running  prefix cache  plan p50  apply p50  step p50  step p99  step mean  (microseconds)");
@@ -39,14 +44,7 @@ pub fn scheduler() -> ExitCode {
             row.step_mean_us
         );
     }
-    match serde_json::to_string(&rows) {
-        Ok(json) => println!("{json}"),
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::FAILURE;
-        }
-    }
-    ExitCode::SUCCESS
+    write_json(&rows, json)
 }
 
 fn time_load(num_running: u32, prefix_cache: bool) -> SchedulerRow {
@@ -77,12 +75,6 @@ fn time_load(num_running: u32, prefix_cache: bool) -> SchedulerRow {
     }
 }
 
-/// Of ascending values; 0 where there are none.
-fn percentile(sorted: &[u64], percent: usize) -> u64 {
-    let index = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
-    sorted.get(index).copied().unwrap_or(0)
-}
-
 fn micros(nanos: u64) -> f64 {
     nanos as f64 / 1000.0
 }
@@ -90,12 +82,6 @@ fn micros(nanos: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn percentiles_are_values_of_the_list() {
-        let values: Vec<u64> = (1..=100).collect();
-        assert_eq!((percentile(&values, 50), percentile(&values, 99), percentile(&[], 50)), (51, 100, 0));
-    }
 
     #[test]
     fn a_load_is_timed_in_every_step() {
