@@ -13,7 +13,7 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// What weights and KV cache are stored as.
+/// What weights are stored as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DTypeChoice {
@@ -35,6 +35,19 @@ pub enum QuantizeChoice {
     Int8,
     /// 4 bits with a scale and a minimum for 32 weights; the vocabulary's weights get 8.
     Int4,
+}
+
+/// What the KV cache is stored as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvDTypeChoice {
+    /// As the weights' numbers: `f32` or `bf16`.
+    #[default]
+    Auto,
+    F32,
+    Bf16,
+    /// Whole numbers of 8 bits, one f32 scale per token and head for K and one for V.
+    Int8,
 }
 
 /// Where the weights' values come from.
@@ -67,6 +80,9 @@ pub struct EngineConfig {
     pub dtype: DTypeChoice,
     /// `int8` and `int4` shrink weights to a half and a third when they are loaded, at some cost in quality.
     pub quantize: QuantizeChoice,
+    /// `auto` stores the KV cache as `dtype` says; `int8` holds almost twice as many tokens as `bf16` in the same memory,
+    /// and attention over long contexts is faster, for outputs that differ a little.
+    pub kv_dtype: KvDTypeChoice,
     /// `dummy` fills the shapes with seeded random weights.
     pub load_format: LoadFormat,
     /// Threads that compute; 0 is one per core. The engine's own thread is one of them.
@@ -85,6 +101,7 @@ impl Default for EngineConfig {
             device: DeviceChoice::Auto,
             dtype: DTypeChoice::Auto,
             quantize: QuantizeChoice::None,
+            kv_dtype: KvDTypeChoice::Auto,
             load_format: LoadFormat::Auto,
             num_threads: 0,
             kv_cache_memory: 0,

@@ -84,8 +84,10 @@ pub struct ModelInfo {
     pub kv_cache_bytes: u64,
     /// What most weights are stored as: `f32`, `bf16`, `int8`, `int4`.
     pub weight_format: &'static str,
-    /// What the cache is stored as, and weights that are not quantized.
+    /// What weights that are not quantized are stored as.
     pub dtype: &'static str,
+    /// What the KV cache is stored as.
+    pub kv_dtype: &'static str,
     /// Where the model computes.
     pub device: quire_kernels::DeviceInfo,
     /// Why the device is not the one that `auto` prefers.

@@ -146,6 +146,10 @@ mod tests {
     const BLOCK_BYTES: u64 = 3 * 2 * 2 * 16 * 16 * 4;
 
     fn plan(max_model_len: u32, budget: Budget) -> Result<KvPlan, EngineError> {
+        plan_of(DType::F32, max_model_len, budget)
+    }
+
+    fn plan_of(dtype: DType, max_model_len: u32, budget: Budget) -> Result<KvPlan, EngineError> {
         let mut config = ModelConfig::parse(JSON.as_bytes()).unwrap();
         let settings = SchedulerSettings {
             max_num_seqs: 4,
@@ -154,7 +158,7 @@ mod tests {
             ..SchedulerSettings::default()
         };
         config.drop_long_windows(wanted_model_len(&config, &settings)?);
-        KvPlan::new(&config, DType::F32, &settings, budget)
+        KvPlan::new(&config, dtype, &settings, budget)
     }
 
     #[test]
@@ -165,6 +169,14 @@ mod tests {
         assert_eq!(plan.groups.iter().map(|group| group.num_blocks).collect::<Vec<_>>(), [40, 40]);
         assert_eq!(plan.total_bytes(), 40 * BLOCK_BYTES);
         assert_eq!(plan.max_model_len, 256);
+    }
+
+    #[test]
+    fn a_quantized_cache_holds_scales_too() {
+        // K and V of 2 heads, 16 tokens: 16 bytes and a scale of 4 each, where f32 takes 64.
+        let plan = plan_of(DType::I8, 0, Budget::Exact(40 * BLOCK_BYTES)).unwrap();
+        assert_eq!(plan.groups[0].num_blocks, 40 * 64 / 20);
+        assert_eq!(plan.total_bytes(), 40 * BLOCK_BYTES);
     }
 
     #[test]

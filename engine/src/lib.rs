@@ -33,7 +33,7 @@ pub mod testing;
 mod weights;
 
 pub use config::{
-    DTypeChoice, DeviceChoice, EngineConfig, LoadFormat, PolicyChoice, QuantizeChoice, SchedulerSettings,
+    DTypeChoice, DeviceChoice, EngineConfig, KvDTypeChoice, LoadFormat, PolicyChoice, QuantizeChoice, SchedulerSettings,
 };
 pub use error::{EngineError, SubmitError};
 pub use executor::Executor;

@@ -11,7 +11,7 @@ use quire_kernels::ops::sample::{NON_FINITE, Sample, SampleAt, SamplerShape};
 use quire_kernels::{Backend, DType, KernelError};
 use quire_scheduler::{Admission, SequenceOutput, StepId, StepOutput, StepPlan, TokenLogprobs};
 
-use crate::config::{DTypeChoice, EngineConfig, SchedulerSettings};
+use crate::config::{DTypeChoice, EngineConfig, KvDTypeChoice, SchedulerSettings};
 use crate::error::EngineError;
 use crate::executor::Executor;
 use crate::handle::{MAX_LOGPROBS, ModelInfo};
@@ -114,9 +114,10 @@ impl<B: Backend> ModelExecutor<B> {
         config.drop_long_windows(kv_cache::wanted_model_len(&config, settings)?);
         // Plan once as if all memory were free: settings that can never work should fail before minutes of loading.
         let exact = Some(engine.kv_cache_memory).filter(|bytes| *bytes > 0).map(Budget::Exact);
+        let kv_dtype = kv_dtype(engine.kv_dtype, dtype);
         let plan = KvPlan::new(
             &config,
-            dtype,
+            kv_dtype,
             settings,
             exact.unwrap_or(Budget::Default { free: u64::MAX, weights: u64::MAX }),
         )?;
@@ -130,7 +131,7 @@ impl<B: Backend> ModelExecutor<B> {
         let weights = decoder.size().weight_bytes;
         let budget = exact.unwrap_or(Budget::Default { free, weights });
         let config = decoder.config();
-        let kv_plan = KvPlan::new(config, dtype, settings, budget)?;
+        let kv_plan = KvPlan::new(config, kv_dtype, settings, budget)?;
         if kv_plan.total_bytes() > free {
             return Err(EngineError::Config {
                 field: "engine.kv_cache_memory".to_owned(),
@@ -162,6 +163,7 @@ impl<B: Backend> ModelExecutor<B> {
             kv_cache_bytes: kv_plan.total_bytes(),
             weight_format: decoder.size().format,
             dtype: dtype.name(),
+            kv_dtype: kv_dtype.name(),
             device: backend.info(),
             device_note,
             block_size: settings.block_size,
@@ -573,7 +575,17 @@ impl<B: Backend> DeviceTables<B> {
     }
 }
 
-/// What weights and cache are stored as, where the files have `stored`.
+/// What the cache is stored as beside weights of `dtype`.
+fn kv_dtype(choice: KvDTypeChoice, dtype: DType) -> DType {
+    match choice {
+        KvDTypeChoice::Auto => dtype,
+        KvDTypeChoice::F32 => DType::F32,
+        KvDTypeChoice::Bf16 => DType::Bf16,
+        KvDTypeChoice::Int8 => DType::I8,
+    }
+}
+
+/// What weights are stored as, where the files have `stored`.
 pub(crate) fn dtype(choice: DTypeChoice, stored: Option<DType>) -> DType {
     match choice {
         DTypeChoice::F32 => DType::F32,

@@ -318,6 +318,7 @@ pub fn fake_model(vocab_size: u32) -> ModelInfo {
         kv_cache_bytes: 0,
         weight_format: "f32",
         dtype: "f32",
+        kv_dtype: "f32",
         device: DeviceInfo { kind: "cpu", name: "fake".to_owned(), isa: "none".to_owned(), num_units: 1 },
         device_note: None,
         block_size: 16,

@@ -4,15 +4,16 @@
 use quire_engine::scheduler::{FinishReason, SamplingParams};
 use quire_engine::testing::{ChoiceOutcome, Recorder, TinyModel, read_all, start_on_cpu, submission, tiny_model};
 use quire_engine::{
-    DTypeChoice, EngineConfig, EngineHandle, ModelSource, QuantizeChoice, SchedulerSettings, Submission, TokenStream,
+    DTypeChoice, EngineConfig, EngineHandle, KvDTypeChoice, ModelSource, QuantizeChoice, SchedulerSettings, Submission,
+    TokenStream,
 };
 use quire_kernels::cpu::Isa;
 use quire_scheduler::testing::Rng;
 
 const NUM_REQUESTS: usize = 64;
 const VOCAB: u32 = 250;
-/// Of a block of the tiny models in bf16: K and V of 2 layers, 2 heads, 16 tokens, 16 dimensions.
-const BLOCK_BYTES: u64 = 2 * 2 * 2 * 16 * 16 * 2;
+/// Of a block of the tiny models: K and V of 2 layers, 2 heads, 16 tokens; each is 16 dimensions.
+const VECTORS_OF_BLOCK: u64 = 2 * 2 * 2 * 16;
 
 /// Requests that differ in everything that a caller can choose. Some share prefixes.
 fn requests(seed: u64) -> Vec<Submission> {
@@ -98,24 +99,32 @@ struct Setup {
     isa: Isa,
     dtype: DTypeChoice,
     quantize: QuantizeChoice,
+    kv_dtype: KvDTypeChoice,
     few_blocks: u64,
 }
 
 impl Setup {
     fn new(source: ModelSource, isa: Isa, few_blocks: u64) -> Self {
-        Self { source, isa, dtype: DTypeChoice::Auto, quantize: QuantizeChoice::None, few_blocks }
+        let (dtype, quantize, kv_dtype) = (DTypeChoice::Auto, QuantizeChoice::None, KvDTypeChoice::Auto);
+        Self { source, isa, dtype, quantize, kv_dtype, few_blocks }
     }
 }
 
 fn start(setup: &Setup, variant: Variant) -> EngineHandle {
-    let bytes_per_value = if setup.dtype == DTypeChoice::F32 { 2 } else { 1 };
+    let vector_bytes = match (setup.kv_dtype, setup.dtype) {
+        // And a scale.
+        (KvDTypeChoice::Int8, _) => 16 + 4,
+        (KvDTypeChoice::F32, _) | (KvDTypeChoice::Auto, DTypeChoice::F32) => 16 * 4,
+        _ => 16 * 2,
+    };
     let num_blocks = if variant.few_blocks { setup.few_blocks } else { 512 };
     let engine = EngineConfig {
         dtype: setup.dtype,
         quantize: setup.quantize,
+        kv_dtype: setup.kv_dtype,
         num_threads: variant.num_threads,
         pipeline_depth: variant.pipeline_depth,
-        kv_cache_memory: num_blocks * BLOCK_BYTES * bytes_per_value,
+        kv_cache_memory: num_blocks * VECTORS_OF_BLOCK * vector_bytes,
         ..EngineConfig::default()
     };
     let settings = SchedulerSettings {
@@ -193,7 +202,7 @@ async fn run_mixed(handle: &EngineHandle, requests: &[Submission], seed: u64) ->
 }
 
 async fn check_all(setup: Setup, seed: u64) {
-    let Setup { isa, dtype, quantize, few_blocks, .. } = setup;
+    let Setup { isa, dtype, quantize, kv_dtype, few_blocks, .. } = setup;
     let requests = requests(seed);
     let expected = run_alone(&start(&setup, ALONE), &requests).await;
     let lens: Vec<usize> = expected.iter().flatten().map(|choice| choice.tokens.len()).collect();
@@ -203,7 +212,11 @@ async fn check_all(setup: Setup, seed: u64) {
         let handle = start(&setup, variant);
         let found = run_mixed(&handle, &requests, seed * 100 + number as u64).await;
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            assert_same(found, expected, &format!("request {i}, {variant:?}, {isa}, {dtype:?}, {quantize:?}"));
+            assert_same(
+                found,
+                expected,
+                &format!("request {i}, {variant:?}, {isa}, {dtype:?}, {quantize:?}, {kv_dtype:?}"),
+            );
         }
         preemptions += handle.stats().num_preemptions;
         hits += handle.stats().prefix_hit_tokens;
@@ -267,6 +280,21 @@ async fn llama_in_8_bits() {
 async fn llama_in_4_bits() {
     let setup = Setup::new(tiny_model(6, TinyModel::Llama), Isa::detect(), 17);
     check_all(Setup { quantize: QuantizeChoice::Int4, ..setup }, 16).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn llama_with_a_quantized_cache() {
+    for isa in Isa::available() {
+        let setup = Setup::new(tiny_model(1, TinyModel::Llama), isa, 17);
+        check_all(Setup { kv_dtype: KvDTypeChoice::Int8, ..setup }, 17).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn caches_of_other_types_than_the_weights() {
+    let setup = || Setup::new(tiny_model(4, TinyModel::QwenMixed), Isa::detect(), 17);
+    check_all(Setup { dtype: DTypeChoice::F32, kv_dtype: KvDTypeChoice::Bf16, ..setup() }, 18).await;
+    check_all(Setup { kv_dtype: KvDTypeChoice::Int8, ..setup() }, 19).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -16,6 +16,8 @@ pub enum DType {
     Bf16,
     F16,
     U32,
+    /// Whole numbers of a quantized KV cache.
+    I8,
 }
 
 impl DType {
@@ -24,6 +26,7 @@ impl DType {
         match self {
             Self::F32 | Self::U32 => 4,
             Self::Bf16 | Self::F16 => 2,
+            Self::I8 => 1,
         }
     }
 
@@ -34,6 +37,7 @@ impl DType {
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
             Self::U32 => "u32",
+            Self::I8 => "int8",
         }
     }
 }

@@ -13,7 +13,9 @@ pub const BLOCK_SIZE_MULTIPLE: usize = 16;
 /// Numbers are ordered by layer, block, KV head; then, per head of a block, K as `[head_dim / 2][block_size][2]`, so
 /// that for a pair of dimensions the tokens of a block lie side by side in one vector and a query pair is broadcast over
 /// them; then V as `[block_size / 2][head_dim][2]`, so that for a pair of tokens the dimensions lie side by side. With
-/// `F32` the pairs are not interleaved: K is `[head_dim][block_size]`, V is `[block_size][head_dim]`.
+/// `F32` the pairs are not interleaved: K is `[head_dim][block_size]`, V is `[block_size][head_dim]`. With `I8` a number
+/// is a whole number times the scale of its token and head: after V lie the scales of K, `[block_size]`, then those of V,
+/// as `F32`; see [`quantize`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     pub num_layers: usize,
@@ -23,7 +25,7 @@ pub struct KvLayout {
     pub num_kv_heads: usize,
     /// A multiple of 2.
     pub head_dim: usize,
-    /// `F32` or `Bf16`.
+    /// `F32`, `Bf16` or `I8`.
     pub dtype: DType,
 }
 
@@ -48,14 +50,37 @@ pub struct KvToken {
     /// Index of dimension 0 of V, and numbers from a dimension to the next.
     pub v_start: usize,
     pub v_stride: usize,
+    /// Of `I8`: indices of the scales of K and of V, in numbers of `F32`.
+    pub scales: Option<[usize; 2]>,
+}
+
+/// Rounds the numbers of one token and head to whole numbers of -127 to 127 times a scale, which is returned: the largest
+/// magnitude over 127. Where one is no finite number, the scale is NaN, so that whoever looks at the token learns of it.
+pub fn quantize(x: &[f32], codes: &mut [i8]) -> f32 {
+    let mut largest = 0.0_f32;
+    let mut is_finite = true;
+    for &x in x {
+        is_finite &= x.is_finite();
+        largest = largest.max(x.abs());
+    }
+    let inverse = 127.0 / largest;
+    // Numbers so small that the quotient overflows are zeros.
+    if !is_finite || !inverse.is_finite() {
+        codes.fill(0);
+        return if is_finite { 0.0 } else { f32::NAN };
+    }
+    for (code, &x) in codes.iter_mut().zip(x) {
+        *code = (x * inverse).round_ties_even() as i8;
+    }
+    largest / 127.0
 }
 
 impl KvLayout {
     /// Refuses what no device can hold or read: zero sizes, a block size that is not a multiple of 16, an odd or too
-    /// large `head_dim`, a type other than `F32` and `Bf16`, slots that do not fit a `u32`.
+    /// large `head_dim`, a type other than `F32`, `Bf16` and `I8`, slots that do not fit a `u32`.
     pub fn validate(&self) -> Result<(), KernelError> {
         const OP: &str = "kv_layout";
-        if !matches!(self.dtype, DType::F32 | DType::Bf16) {
+        if !matches!(self.dtype, DType::F32 | DType::Bf16 | DType::I8) {
             return Err(KernelError::Type { op: OP, argument: "dtype", found: self.dtype.name() });
         }
         let sizes = [
@@ -84,14 +109,19 @@ impl KvLayout {
         Ok(())
     }
 
-    /// Numbers that one block takes in one layer: K and V of all heads.
-    pub const fn block_len(&self) -> usize {
-        2 * self.num_kv_heads * self.block_size * self.head_dim
+    /// Bytes of K and V of one head of a block, scales included; a multiple of 64.
+    pub const fn head_bytes(&self) -> usize {
+        2 * self.v_offset() * self.dtype.size() + self.scale_bytes()
+    }
+
+    /// Bytes of the scales of one head of a block.
+    const fn scale_bytes(&self) -> usize {
+        if matches!(self.dtype, DType::I8) { 2 * self.block_size * size_of::<f32>() } else { 0 }
     }
 
     /// Bytes that one block takes in all layers.
     pub const fn block_bytes(&self) -> usize {
-        self.num_layers * self.block_len() * self.dtype.size()
+        self.num_layers * self.num_kv_heads * self.head_bytes()
     }
 
     /// Bytes of the whole cache.
@@ -106,7 +136,8 @@ impl KvLayout {
 
     /// Index of the first number of K of one head of a block; V of that head starts [`Self::v_offset`] later.
     pub const fn head_index(&self, layer: usize, block: usize, kv_head: usize) -> usize {
-        ((layer * self.num_blocks + block) * self.num_kv_heads + kv_head) * 2 * self.block_size * self.head_dim
+        let head = (layer * self.num_blocks + block) * self.num_kv_heads + kv_head;
+        head * (self.head_bytes() / self.dtype.size())
     }
 
     /// Numbers from the first of K to the first of V of one head of a block.
@@ -128,6 +159,16 @@ impl KvLayout {
         self.head_index(place.layer, place.block, place.kv_head) + self.v_offset() + pair * pack + place.offset % pack
     }
 
+    /// Indices of the scales of K and of V of one token and head, in numbers of `F32` from the start of the cache. `None`
+    /// where numbers have no scale.
+    pub const fn scale_indices(&self, place: KvPlace) -> Option<[usize; 2]> {
+        if !matches!(self.dtype, DType::I8) {
+            return None;
+        }
+        let first = (self.head_index(place.layer, place.block, place.kv_head) + 2 * self.v_offset()) / size_of::<f32>();
+        Some([first + place.offset, first + self.block_size + place.offset])
+    }
+
     /// How the numbers of one token lie.
     pub const fn token(&self, place: KvPlace) -> KvToken {
         let pack = self.pack();
@@ -137,12 +178,13 @@ impl KvLayout {
             k_stride: pack * self.block_size,
             v_start: self.v_index(place, 0),
             v_stride: pack,
+            scales: self.scale_indices(place),
         }
     }
 
-    /// Numbers interleaved in 4 bytes.
+    /// Numbers that are interleaved.
     const fn pack(&self) -> usize {
-        4 / self.dtype.size()
+        if matches!(self.dtype, DType::F32) { 1 } else { 2 }
     }
 }
 
@@ -154,9 +196,11 @@ mod tests {
         KvLayout { num_layers: 2, num_blocks: 3, block_size: 16, num_kv_heads: 2, head_dim: 6, dtype }
     }
 
+    const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::I8];
+
     #[test]
     fn indices_are_a_permutation_of_the_cache() {
-        for dtype in [DType::F32, DType::Bf16] {
+        for dtype in DTYPES {
             let layout = layout(dtype);
             let mut seen = vec![false; layout.total_bytes() / dtype.size()];
             for layer in 0..2 {
@@ -164,6 +208,10 @@ mod tests {
                     for kv_head in 0..2 {
                         for offset in 0..16 {
                             let place = KvPlace { layer, block, kv_head, offset };
+                            for byte in layout.scale_indices(place).into_iter().flatten().flat_map(|i| 4 * i..4 * i + 4)
+                            {
+                                assert!(!std::mem::replace(&mut seen[byte], true), "{place:?} scale");
+                            }
                             for dim in 0..6 {
                                 for index in [layout.k_index(place, dim), layout.v_index(place, dim)] {
                                     assert!(!std::mem::replace(&mut seen[index], true), "{place:?} {dim}");
@@ -181,11 +229,12 @@ mod tests {
     fn neighbours_lie_as_documented() {
         let place = KvPlace { layer: 0, block: 0, kv_head: 0, offset: 4 };
         let next = KvPlace { offset: 5, ..place };
-        let pairs = layout(DType::Bf16);
-        assert_eq!(pairs.k_index(place, 1), pairs.k_index(place, 0) + 1);
-        assert_eq!(pairs.k_index(next, 0), pairs.k_index(place, 0) + 2);
-        assert_eq!(pairs.v_index(next, 0), pairs.v_index(place, 0) + 1);
-        assert_eq!(pairs.v_index(place, 1), pairs.v_index(place, 0) + 2);
+        for pairs in [layout(DType::Bf16), layout(DType::I8)] {
+            assert_eq!(pairs.k_index(place, 1), pairs.k_index(place, 0) + 1);
+            assert_eq!(pairs.k_index(next, 0), pairs.k_index(place, 0) + 2);
+            assert_eq!(pairs.v_index(next, 0), pairs.v_index(place, 0) + 1);
+            assert_eq!(pairs.v_index(place, 1), pairs.v_index(place, 0) + 2);
+        }
         let single = layout(DType::F32);
         assert_eq!(single.k_index(next, 0), single.k_index(place, 0) + 1);
         assert_eq!(single.v_index(place, 1), single.v_index(place, 0) + 1);
@@ -193,16 +242,40 @@ mod tests {
 
     #[test]
     fn a_token_lies_where_its_numbers_do() {
-        for dtype in [DType::F32, DType::Bf16] {
+        for dtype in DTYPES {
             let layout = layout(dtype);
+            assert_eq!(layout.head_bytes() % 64, 0);
             for offset in 0..16 {
                 let place = KvPlace { layer: 1, block: 2, kv_head: 1, offset };
-                let KvToken { k_start, k_run, k_stride, v_start, v_stride } = layout.token(place);
+                let KvToken { k_start, k_run, k_stride, v_start, v_stride, scales } = layout.token(place);
+                assert_eq!(scales, layout.scale_indices(place));
                 for dim in 0..6 {
                     assert_eq!(layout.k_index(place, dim), k_start + dim / k_run * k_stride + dim % k_run);
                     assert_eq!(layout.v_index(place, dim), v_start + dim * v_stride);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn quantized_numbers_are_off_by_half_a_step_at_most_and_what_is_no_number_shows() {
+        let quantized = |x: &[f32]| {
+            let mut codes = vec![99; x.len()];
+            let scale = quantize(x, &mut codes);
+            (codes, scale)
+        };
+        let mut rng = crate::testing::Rng::new(1);
+        let x = rng.outliers(128);
+        let (codes, scale) = quantized(&x);
+        for (&x, code) in x.iter().zip(codes) {
+            assert!((f64::from(x) - f64::from(code) * f64::from(scale)).abs() <= 0.5001 * f64::from(scale));
+        }
+        assert_eq!(quantized(&[0.0, -3.0, 1.5]), (vec![0, -127, 64], 3.0 / 127.0));
+        assert_eq!(quantized(&[0.0, 1e-40]), (vec![0, 0], 0.0));
+        assert_eq!(quantized(&[f32::MAX, -f32::MAX]).0, [127, -127]);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let (codes, scale) = quantized(&[1.0, bad]);
+            assert!(codes == [0, 0] && scale.is_nan());
         }
     }
 

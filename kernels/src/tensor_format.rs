@@ -280,7 +280,7 @@ impl From<DType> for TensorFormat {
             DType::F32 => Self::F32,
             DType::Bf16 => Self::Bf16,
             DType::F16 => Self::F16,
-            DType::U32 => panic!("weights are no indices"),
+            DType::U32 | DType::I8 => panic!("neither indices nor whole numbers of a cache"),
         }
     }
 }

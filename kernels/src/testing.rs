@@ -4,7 +4,11 @@ mod blocks;
 
 pub use blocks::encode;
 
-use crate::cpu::{CpuBackend, CpuConfig, Isa};
+use half::bf16;
+
+use crate::DType;
+use crate::cpu::{CpuBackend, CpuConfig, CpuKv, Isa};
+use crate::kv_layout::{KvPlace, quantize};
 
 /// How far a number may be from what is expected: `abs + rel * |expected|`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -108,6 +112,58 @@ impl Rng {
             items.swap(last, self.below(last + 1));
         }
         items
+    }
+}
+
+/// Fills a cache with what nobody may look at: NaN, and large whole numbers with scales of NaN.
+pub fn poison_kv(kv: &mut CpuKv) {
+    let op = "poison_kv";
+    match kv.layout().dtype {
+        DType::F32 => kv.f32_mut(op).expect("f32").fill(POISON),
+        // As whole numbers 127, 127, -1, 127.
+        DType::I8 => {
+            let bits = POISON.to_bits();
+            kv.scales_mut(op).expect("int8").fill(f32::from_bits(bits | 0x7f_7f7f));
+        }
+        _ => kv.bf16_mut(op).expect("bf16").fill(bf16::from_f32(POISON).to_bits()),
+    }
+}
+
+/// Writes K and V of one token and head as the cache holds them.
+pub fn write_kv(kv: &mut CpuKv, place: KvPlace, k: &[f32], v: &[f32]) {
+    let (op, layout) = ("write_kv", *kv.layout());
+    let mut codes = [vec![0; k.len()], vec![0; v.len()]];
+    if let Some(at) = layout.scale_indices(place) {
+        let scales = [quantize(k, &mut codes[0]), quantize(v, &mut codes[1])];
+        for (at, scale) in at.into_iter().zip(scales) {
+            kv.scales_mut(op).expect("int8")[at] = scale;
+        }
+    }
+    for (part, x) in [k, v].into_iter().enumerate() {
+        for (dim, &x) in x.iter().enumerate() {
+            let at = if part == 0 { layout.k_index(place, dim) } else { layout.v_index(place, dim) };
+            match layout.dtype {
+                DType::F32 => kv.f32_mut(op).expect("f32")[at] = x,
+                DType::I8 => kv.i8_mut(op).expect("int8")[at] = codes[part][dim],
+                _ => kv.bf16_mut(op).expect("bf16")[at] = bf16::from_f32(x).to_bits(),
+            }
+        }
+    }
+}
+
+/// One number of K and one of V, times their scales where they have one.
+pub fn read_kv(kv: &CpuKv, place: KvPlace, dim: usize) -> [f64; 2] {
+    let (op, layout) = ("read_kv", kv.layout());
+    let at = [layout.k_index(place, dim), layout.v_index(place, dim)];
+    match layout.dtype {
+        DType::F32 => at.map(|at| f64::from(kv.f32(op).expect("f32")[at])),
+        DType::I8 => {
+            let scales = layout.scale_indices(place).expect("quantized numbers have scales");
+            let scales = scales.map(|at| f64::from(kv.scales(op).expect("int8")[at]));
+            let codes = at.map(|at| f64::from(kv.i8(op).expect("int8")[at]));
+            [codes[0] * scales[0], codes[1] * scales[1]]
+        }
+        _ => at.map(|at| f64::from(bf16::from_bits(kv.bf16(op).expect("bf16")[at]))),
     }
 }
 

@@ -1,11 +1,12 @@
 //! Attention on every instruction set against its meaning, and bit by bit against itself in other batches.
 
-use half::bf16;
 use quire_kernels::cpu::{CpuBackend, CpuKv};
 use quire_kernels::kv_layout::KvPlace;
 use quire_kernels::ops::paged_attention::{PagedAttention, reference};
 use quire_kernels::ops::rope_kv_write::AttentionShape;
-use quire_kernels::testing::{POISON, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends};
+use quire_kernels::testing::{
+    POISON, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends, poison_kv, read_kv, write_kv,
+};
 use quire_kernels::{Backend, DType, KernelError, KvLayout};
 
 const LAYER: usize = 1;
@@ -67,10 +68,7 @@ impl World {
 
     fn poisoned_cache(&self, backend: &mut CpuBackend) -> CpuKv {
         let mut kv = backend.alloc_kv(&self.layout).expect("room");
-        match self.layout.dtype {
-            DType::F32 => kv.f32_mut("test").expect("f32").fill(POISON),
-            _ => kv.bf16_mut("test").expect("bf16").fill(bf16::from_f32(POISON).to_bits()),
-        }
+        poison_kv(&mut kv);
         kv
     }
 
@@ -83,17 +81,8 @@ impl World {
             let block = self.seqs[seq].blocks[position / self.layout.block_size] as usize;
             for kv_head in 0..num_kv_heads {
                 let place = KvPlace { layer: LAYER, block, kv_head, offset: position % self.layout.block_size };
-                for dim in 0..head_dim {
-                    let index = kv_head * head_dim + dim;
-                    for (at, x) in
-                        [(self.layout.k_index(place, dim), k[index]), (self.layout.v_index(place, dim), v[index])]
-                    {
-                        match self.layout.dtype {
-                            DType::F32 => kv.f32_mut("test").expect("f32")[at] = x,
-                            _ => kv.bf16_mut("test").expect("bf16")[at] = bf16::from_f32(x).to_bits(),
-                        }
-                    }
-                }
+                let head = kv_head * head_dim..(kv_head + 1) * head_dim;
+                write_kv(kv, place, &k[head.clone()], &v[head]);
             }
         }
     }
@@ -177,16 +166,6 @@ impl World {
     }
 
     fn expected(&self, kv: &CpuKv, steps: &[Step]) -> Vec<f64> {
-        let number: Box<dyn Fn(usize) -> f64> = match self.layout.dtype {
-            DType::F32 => {
-                let numbers = kv.f32("test").expect("f32");
-                Box::new(|index| f64::from(numbers[index]))
-            }
-            _ => {
-                let numbers = kv.bf16("test").expect("bf16");
-                Box::new(|index| f64::from(bf16::from_bits(numbers[index])))
-            }
-        };
         let mut out = Vec::new();
         for &step in steps {
             let rows = self.seqs[step.seq].qkv.chunks(self.shape.qkv_len()).take(step.to).skip(step.from);
@@ -200,7 +179,8 @@ impl World {
                 block_table: &self.seqs[step.seq].blocks,
                 layer: LAYER,
             };
-            out.extend(reference::paged_attention(&case, &self.layout, &*number));
+            let [k, v] = [0, 1].map(|part| move |place, dim| read_kv(kv, place, dim)[part]);
+            out.extend(reference::paged_attention(&case, &self.layout, &k, &v));
         }
         out
     }
@@ -213,9 +193,16 @@ impl World {
     }
 
     /// Of f32: scores below 16 are off by 2e-6 at most, so weights by twice that, and so is their mean of values; sums
-    /// add as much. Of bf16: each weight is rounded to 8 bits, 1/512 off at most, above and below the line.
+    /// add as much. Of bf16: each weight is rounded to 8 bits, 1/512 off at most, above and below the line. Of int8 (what
+    /// the cache holds is what is expected to be multiplied): queries are off by 1/65534 of their largest dimension, which
+    /// scores of up to 256 dimensions may add up to 2e-3 in the worst case and 2e-4 in the random one; weights by 1/65534
+    /// of their tile's largest.
     fn tolerance(&self) -> Tolerance {
-        let relative = if self.layout.dtype == DType::F32 { 1e-5 } else { 1.0 / 256.0 };
+        let relative = match self.layout.dtype {
+            DType::F32 => 1e-5,
+            DType::I8 => 1e-3,
+            _ => 1.0 / 256.0,
+        };
         Tolerance { abs: relative * self.largest_value(), rel: 0.0 }
     }
 
@@ -240,7 +227,7 @@ fn last(lens: &[usize]) -> Vec<Step> {
     lens.iter().enumerate().map(|(seq, &to)| Step { seq, from: to - 1, to }).collect()
 }
 
-const DTYPES: [DType; 2] = [DType::F32, DType::Bf16];
+const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::I8];
 
 #[test]
 fn one_query_over_contexts_of_all_lengths() {
@@ -360,6 +347,8 @@ fn a_sequence_has_the_same_bits_alone_and_in_any_batch_on_any_number_of_threads(
         (DType::Bf16, shape(7, 1, 64), Some(300)),
         (DType::F32, shape(4, 2, 16), None),
         (DType::F32, shape(3, 1, 8), Some(65)),
+        (DType::I8, shape(7, 1, 64), None),
+        (DType::I8, shape(4, 1, 24), Some(300)),
     ] {
         let mut world = World::new(&mut rng, shape, 16, dtype, &lens);
         world.window = window;
@@ -393,6 +382,8 @@ fn a_prompt_has_the_same_bits_in_one_chunk_in_many_and_token_by_token() {
         (DType::Bf16, shape(2, 2, 64), Some(7), 16),
         (DType::F32, shape(4, 2, 8), None, 48),
         (DType::F32, shape(3, 1, 16), Some(100), 16),
+        (DType::I8, shape(7, 1, 16), None, 32),
+        (DType::I8, shape(2, 2, 64), Some(40), 16),
     ] {
         let len = 1060;
         let mut world = World::new(&mut rng, shape, block_size, dtype, &[len]);
@@ -430,6 +421,8 @@ fn a_token_that_is_no_number_spoils_only_those_that_see_it() {
         (DType::Bf16, shape(7, 7, 64), None),
         (DType::F32, shape(70, 1, 8), Some(33)),
         (DType::F32, shape(3, 1, 16), None),
+        (DType::I8, shape(7, 1, 16), Some(33)),
+        (DType::I8, shape(2, 2, 8), None),
     ] {
         let mut world = World::new(&mut rng, shape, 16, dtype, &[len]);
         world.window = window;

@@ -1,10 +1,10 @@
 //! Rotated queries and the written cache on every instruction set against their meaning.
 
 use half::bf16;
-use quire_kernels::cpu::CpuBackend;
+use quire_kernels::cpu::{CpuBackend, CpuKv};
 use quire_kernels::kv_layout::KvPlace;
 use quire_kernels::ops::rope_kv_write::{AttentionShape, QkNorm, RopeKvWrite, reference};
-use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends};
+use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends, read_kv};
 use quire_kernels::{Backend, DType, KernelError, KvLayout};
 
 /// Two products and a sum, each rounded to 24 bits; with the norm before them, its 2e-6 too. Relative to the
@@ -76,18 +76,38 @@ impl Case {
         backend.rope_kv_write(args).expect("shapes fit");
         let mut result = vec![0.0; inputs.qkv.len()];
         backend.read_f32(&qkv, 0, &mut result).expect("it fits");
-        let cache = match self.dtype {
-            DType::F32 => kv.f32("test").expect("f32").to_vec(),
-            _ => kv.bf16("test").expect("bf16").iter().map(|&bits| bf16::from_bits(bits).to_f32()).collect(),
-        };
-        (result, cache)
+        (result, read_cache(&kv))
     }
+}
+
+/// Every number of K and V, `[layer, block, head, offset, dim, 2]`.
+fn read_cache(kv: &CpuKv) -> Vec<f32> {
+    let layout = *kv.layout();
+    places(&layout)
+        .flat_map(|place| (0..layout.head_dim).flat_map(move |dim| read_kv(kv, place, dim).map(|x| x as f32)))
+        .collect()
+}
+
+fn places(layout: &KvLayout) -> impl Iterator<Item = KvPlace> + use<> {
+    let KvLayout { num_layers, num_blocks, num_kv_heads, block_size, .. } = *layout;
+    (0..num_layers * num_blocks * num_kv_heads * block_size).map(move |index| KvPlace {
+        layer: index / block_size / num_kv_heads / num_blocks,
+        block: index / block_size / num_kv_heads % num_blocks,
+        kv_head: index / block_size % num_kv_heads,
+        offset: index % block_size,
+    })
+}
+
+/// Where [`read_cache`] has the first number of a place.
+fn cache_index(layout: &KvLayout, place: KvPlace) -> usize {
+    let head = (place.layer * layout.num_blocks + place.block) * layout.num_kv_heads + place.kv_head;
+    (head * layout.block_size + place.offset) * layout.head_dim * 2
 }
 
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (num_heads, num_kv_heads, head_dim) in [(1, 1, 2), (4, 1, 8), (6, 2, 24), (7, 1, 64), (8, 2, 128)] {
-        for dtype in [DType::F32, DType::Bf16] {
+        for dtype in [DType::F32, DType::Bf16, DType::I8] {
             for (has_norm, num_tokens) in [(false, 1), (true, 17), (false, 70)] {
                 let shape = AttentionShape { num_heads, num_kv_heads, head_dim };
                 cases.push(Case { shape, dtype, has_norm, num_tokens });
@@ -105,21 +125,28 @@ fn close_to_the_reference_and_nothing_else_is_touched() {
         let (shape, layout) = (case.shape, inputs.layout);
         let norm = case.has_norm.then_some((&inputs.q_weight[..], &inputs.k_weight[..], 1e-6));
         let (q, k, v) = reference::rope_kv_write(&inputs.qkv, shape, &inputs.cos_sin, norm);
-        let mut expected_cache = vec![0.0; layout.total_bytes() / layout.dtype.size()];
+        let mut expected_cache = vec![0.0; places(&layout).count() * layout.head_dim * 2];
+        let mut largest = 0.0_f64;
         for (token, &slot) in inputs.slots.iter().enumerate() {
             let (block, offset) = (slot as usize / layout.block_size, slot as usize % layout.block_size);
             for kv_head in 0..shape.num_kv_heads {
                 let place = KvPlace { layer: LAYER, block, kv_head, offset };
                 for dim in 0..shape.head_dim {
                     let index = (token * shape.num_kv_heads + kv_head) * shape.head_dim + dim;
-                    expected_cache[layout.k_index(place, dim)] = k[index];
-                    expected_cache[layout.v_index(place, dim)] = v[index];
+                    let at = cache_index(&layout, place) + 2 * dim;
+                    expected_cache[at..at + 2].copy_from_slice(&[k[index], v[index]]);
+                    largest = largest.max(k[index].abs()).max(v[index].abs());
                 }
             }
         }
         for mut backend in cpu_backends(&[1, 2]) {
             let (qkv, cache) = case.run(&mut backend, &inputs);
-            let tolerance = if case.dtype == DType::F32 { TOLERANCE } else { TOLERANCE_BF16 };
+            let tolerance = match case.dtype {
+                DType::F32 => TOLERANCE,
+                // Half a step of a token's scale, which is the largest magnitude over 127.
+                DType::I8 => Tolerance { abs: 4e-6 + 0.501 * largest / 127.0, rel: 0.0 },
+                _ => TOLERANCE_BF16,
+            };
             assert_close(&cache, &expected_cache, tolerance);
             let rows = qkv.chunks(shape.qkv_len()).zip(inputs.qkv.chunks(shape.qkv_len()));
             for ((row, before), q) in rows.zip(q.chunks(shape.q_len())) {
@@ -143,9 +170,35 @@ fn values_are_rounded_to_nearest_even_and_a_nan_stays_one() {
         let slot = inputs.slots[0] as usize;
         let place = KvPlace { layer: LAYER, block: slot / 16, kv_head: 0, offset: slot % 16 };
         for (dim, value) in values.into_iter().enumerate() {
-            let actual = cache[inputs.layout.v_index(place, dim)];
+            let actual = cache[cache_index(&inputs.layout, place) + 2 * dim + 1];
             let expected = bf16::from_f32(value).to_f32();
             assert!(actual.to_bits() == expected.to_bits() || (actual.is_nan() && expected.is_nan()), "{value}");
+        }
+    }
+}
+
+#[test]
+fn a_quantized_token_has_its_own_scales_and_shows_what_is_no_number() {
+    let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 8 };
+    let case = Case { shape, dtype: DType::I8, has_norm: false, num_tokens: 3 };
+    let mut inputs = case.inputs(&mut Rng::new(1));
+    // A large token, a small one, one with an infinity among its values.
+    for (token, factor) in [100.0, 0.01, 1.0].into_iter().enumerate() {
+        inputs.qkv[token * 24..][..24].iter_mut().for_each(|x| *x *= factor);
+    }
+    inputs.qkv[2 * 24 + 20] = f32::INFINITY;
+    for mut backend in cpu_backends(&[1, 2]) {
+        let (_, cache) = case.run(&mut backend, &inputs);
+        for (token, &slot) in inputs.slots.iter().enumerate() {
+            let (block, offset) = (slot as usize / 16, slot as usize % 16);
+            let at = cache_index(&inputs.layout, KvPlace { layer: LAYER, block, kv_head: 0, offset });
+            let v = &inputs.qkv[token * 24 + 16..][..8];
+            let largest = v.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+            for (dim, &v) in v.iter().enumerate() {
+                let [k, actual] = [cache[at + 2 * dim], cache[at + 2 * dim + 1]];
+                assert!(k.is_finite());
+                assert!(if token == 2 { actual.is_nan() } else { (actual - v).abs() <= 0.501 * largest / 127.0 });
+            }
         }
     }
 }

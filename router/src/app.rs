@@ -283,8 +283,9 @@ fn say_what_is_served(source: &ModelSource, name: &str, info: &ModelInfo, elapse
         tracing::info!("{note}");
     }
     tracing::info!(
-        "KV cache of {:.1} MiB: {} blocks of {} tokens, prefix cache {}",
+        "KV cache of {:.1} MiB of {}: {} blocks of {} tokens, prefix cache {}",
         mebibytes(info.kv_cache_bytes),
+        info.kv_dtype,
         info.num_blocks,
         info.block_size,
         if info.prefix_cache { "on" } else { "off" }

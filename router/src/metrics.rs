@@ -569,7 +569,7 @@ impl ModelMetrics {
             "engine" => "0",
             "block_size" => model.block_size.to_string(),
             "num_gpu_blocks" => model.num_blocks.to_string(),
-            "cache_dtype" => model.dtype,
+            "cache_dtype" => model.kv_dtype,
             "enable_prefix_caching" => if model.prefix_cache { "True" } else { "False" },
         )
         .set(1.0);

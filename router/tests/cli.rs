@@ -36,6 +36,7 @@ fn says_its_version_and_how_it_is_used() {
         "--model-name",
         "--device",
         "--dtype",
+        "--kv-dtype",
         "--quantize",
         "--max-model-len",
         "--max-num-seqs",

@@ -16,6 +16,7 @@ fn model() -> ModelInfo {
         kv_cache_bytes: 1,
         weight_format: "f32",
         dtype: "f32",
+        kv_dtype: "int8",
         device: DeviceInfo { kind: "cpu", name: String::new(), isa: String::new(), num_units: 1 },
         device_note: None,
         block_size: 16,

@@ -246,6 +246,8 @@ unsafe impl Plain for f32 {}
 unsafe impl Plain for u32 {}
 // SAFETY: any 16 bits are a u16.
 unsafe impl Plain for u16 {}
+// SAFETY: any 8 bits are an i8.
+unsafe impl Plain for i8 {}
 // SAFETY: any 8 bits are a u8.
 unsafe impl Plain for u8 {}
 
@@ -318,14 +320,15 @@ pub struct CpuKv {
 }
 
 impl CpuKv {
-    /// Zeros for all layers and blocks, made resident by all threads of `pool`. Fails with `KernelError::Type` unless the layout holds `F32` or `Bf16`.
+    /// Zeros for all layers and blocks, made resident by all threads of `pool`. Fails with `KernelError::Type` unless the
+    /// layout holds `F32`, `Bf16` or `I8`.
     pub fn zeroed(layout: &KvLayout, pool: &ThreadPool) -> Result<Self, KernelError> {
-        if !matches!(layout.dtype, DType::F32 | DType::Bf16) {
+        if !matches!(layout.dtype, DType::F32 | DType::Bf16 | DType::I8) {
             return Err(KernelError::Type { op: "alloc_kv", argument: "dtype", found: layout.dtype.name() });
         }
-        let num_bytes = [layout.num_layers, layout.num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim]
+        let num_bytes = [layout.num_layers, layout.num_blocks, layout.num_kv_heads]
             .into_iter()
-            .try_fold(2 * layout.dtype.size(), usize::checked_mul)
+            .try_fold(layout.head_bytes(), usize::checked_mul)
             .filter(|&bytes| bytes <= isize::MAX as usize)
             .ok_or(KernelError::OutOfMemory { what: "KV cache", bytes: u64::MAX })?;
         let mut bytes = AlignedBytes::reserved("KV cache", num_bytes)?;
@@ -345,8 +348,8 @@ impl CpuKv {
         }
     }
 
-    /// The whole cache in words of 4 bytes: one `F32`, or a pair of `Bf16`, low half first.
-    pub(crate) fn words(&self) -> &[u32] {
+    /// The whole cache as it lies in memory.
+    pub(crate) fn bytes(&self) -> &[u8] {
         self.bytes.view()
     }
 
@@ -371,6 +374,30 @@ impl CpuKv {
     /// The whole cache of a `Bf16` layout, as bits, to be written.
     pub fn bf16_mut(&mut self, op: &'static str) -> Result<&mut [u16], KernelError> {
         self.expect(DType::Bf16, op)?;
+        Ok(self.bytes.view_mut())
+    }
+
+    /// The whole cache of an `I8` layout, as bytes.
+    pub fn i8(&self, op: &'static str) -> Result<&[i8], KernelError> {
+        self.expect(DType::I8, op)?;
+        Ok(self.bytes.view())
+    }
+
+    /// The whole cache of an `I8` layout, as bytes, to be written.
+    pub fn i8_mut(&mut self, op: &'static str) -> Result<&mut [i8], KernelError> {
+        self.expect(DType::I8, op)?;
+        Ok(self.bytes.view_mut())
+    }
+
+    /// The whole cache of an `I8` layout in numbers of `F32`, of which [`KvLayout::scale_indices`] are scales.
+    pub fn scales(&self, op: &'static str) -> Result<&[f32], KernelError> {
+        self.expect(DType::I8, op)?;
+        Ok(self.bytes.view())
+    }
+
+    /// As [`Self::scales`], to be written.
+    pub fn scales_mut(&mut self, op: &'static str) -> Result<&mut [f32], KernelError> {
+        self.expect(DType::I8, op)?;
         Ok(self.bytes.view_mut())
     }
 }

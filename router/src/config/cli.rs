@@ -21,7 +21,8 @@ const SHORTHANDS: &[(&str, &str, &str, &str)] = &[
     ("grpc", "server.grpc", "ADDR", "Where gRPC listens [default: 127.0.0.1:50051]"),
     ("model-name", "server.model_name", "NAME", "The name that clients ask for [default: from MODEL]"),
     ("device", "engine.device", "DEVICE", "Where to compute: auto, cpu or cuda [default: auto]"),
-    ("dtype", "engine.dtype", "TYPE", "What weights and KV cache are stored as: auto, f32 or bf16 [default: auto]"),
+    ("dtype", "engine.dtype", "TYPE", "What weights are stored as: auto, f32 or bf16 [default: auto]"),
+    ("kv-dtype", "engine.kv_dtype", "TYPE", "What the KV cache is stored as: auto, f32, bf16 or int8 [default: auto]"),
     ("max-model-len", "scheduler.max_model_len", "TOKENS", "Most tokens of prompt and output [default: the model's]"),
     ("max-num-seqs", "scheduler.max_num_seqs", "N", "Most sequences that run at once [default: 64]"),
     ("max-num-batched-tokens", "scheduler.max_num_batched_tokens", "N", "Most tokens in a step [default: 512]"),
@@ -199,6 +200,7 @@ mod tests {
         );
         assert_eq!(flags(&["--scheduler.block_size=48"]), [pair("scheduler.block_size", "48")]);
         assert_eq!(flags(&["--quantize", "int8"]), [pair("engine.quantize", "int8")]);
+        assert_eq!(flags(&["--kv-dtype", "int8"]), [pair("engine.kv_dtype", "int8")]);
     }
 
     #[test]

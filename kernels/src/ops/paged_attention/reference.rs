@@ -18,8 +18,11 @@ pub struct Case<'a> {
     pub layer: usize,
 }
 
-/// `[q_len, num_heads, head_dim]`. `kv` reads one number of the cache by its index.
-pub fn paged_attention(case: &Case<'_>, layout: &KvLayout, kv: &dyn Fn(usize) -> f64) -> Vec<f64> {
+/// One number of K and of V: what the cache holds, times its scale where it has one.
+pub type Number<'a> = &'a dyn Fn(KvPlace, usize) -> f64;
+
+/// `[q_len, num_heads, head_dim]`. `k` and `v` read the cache at a place and dimension.
+pub fn paged_attention(case: &Case<'_>, layout: &KvLayout, k: Number<'_>, v: Number<'_>) -> Vec<f64> {
     let AttentionShape { num_heads, head_dim, .. } = case.shape;
     let q_len = case.q.len() / (num_heads * head_dim);
     let round = |x: f32| match layout.dtype {
@@ -40,7 +43,7 @@ pub fn paged_attention(case: &Case<'_>, layout: &KvLayout, kv: &dyn Fn(usize) ->
         let scores: Vec<f64> = (first..=position)
             .map(|position| {
                 let place = place(position);
-                let dot: f64 = (0..head_dim).map(|dim| round(q[dim]) * kv(layout.k_index(place, dim))).sum();
+                let dot: f64 = (0..head_dim).map(|dim| round(q[dim]) * k(place, dim)).sum();
                 dot * f64::from(case.scale)
             })
             .collect();
@@ -48,7 +51,7 @@ pub fn paged_attention(case: &Case<'_>, layout: &KvLayout, kv: &dyn Fn(usize) ->
         let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
         let total: f64 = weights.iter().sum();
         for dim in 0..head_dim {
-            let values = (first..=position).map(|position| kv(layout.v_index(place(position), dim)));
+            let values = (first..=position).map(|position| v(place(position), dim));
             out.push(values.zip(&weights).map(|(value, weight)| value * weight).sum::<f64>() / total);
         }
     }

@@ -1,10 +1,10 @@
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI8, AtomicU16, AtomicU32, Ordering};
 
 use super::{Lens, RopeKvWrite};
 use crate::cpu::lanes::{Lanes, Vectorized, bf16_bits, vectorize};
 use crate::cpu::thread_pool::SharedMut;
 use crate::cpu::{CpuBackend, CpuKv};
-use crate::kv_layout::{KvPlace, KvToken, MAX_HEAD_DIM};
+use crate::kv_layout::{KvPlace, KvToken, MAX_HEAD_DIM, quantize};
 use crate::ops::all_below;
 use crate::ops::rms_norm::cpu::normalize;
 use crate::{DType, KernelError};
@@ -82,18 +82,30 @@ struct Norm<'a> {
 enum Cache<'a> {
     F32(&'a [AtomicU32]),
     Bf16(&'a [AtomicU16]),
+    /// All of the cache as whole numbers, and all of it as scales; each token has its own of both.
+    I8(&'a [AtomicI8], &'a [AtomicU32]),
 }
 
 impl<'a> Cache<'a> {
     fn new(kv: &'a mut CpuKv, op: &'static str) -> Result<Self, KernelError> {
-        if kv.layout().dtype == DType::F32 {
-            let numbers = std::ptr::from_mut(kv.f32_mut(op)?);
-            // SAFETY: an atomic has the size, alignment and bits of its number, and the borrow is exclusive.
-            Ok(Self::F32(unsafe { &*(numbers as *const [AtomicU32]) }))
-        } else {
-            let numbers = std::ptr::from_mut(kv.bf16_mut(op)?);
-            // SAFETY: as above.
-            Ok(Self::Bf16(unsafe { &*(numbers as *const [AtomicU16]) }))
+        match kv.layout().dtype {
+            DType::F32 => {
+                let numbers = std::ptr::from_mut(kv.f32_mut(op)?);
+                // SAFETY: an atomic has the size, alignment and bits of its number, and the borrow is exclusive.
+                Ok(Self::F32(unsafe { &*(numbers as *const [AtomicU32]) }))
+            }
+            DType::I8 => {
+                let codes = std::ptr::from_mut(kv.i8_mut(op)?);
+                let scales = std::ptr::slice_from_raw_parts(codes.cast::<AtomicU32>(), codes.len() / size_of::<f32>());
+                // SAFETY: as above, and the cache is aligned to 64 bytes; the layout gives no byte to both a whole number
+                // and a scale, so none is accessed as both.
+                Ok(Self::I8(unsafe { &*(codes as *const [AtomicI8]) }, unsafe { &*scales }))
+            }
+            _ => {
+                let numbers = std::ptr::from_mut(kv.bf16_mut(op)?);
+                // SAFETY: as above.
+                Ok(Self::Bf16(unsafe { &*(numbers as *const [AtomicU16]) }))
+            }
         }
     }
 
@@ -103,12 +115,22 @@ impl<'a> Cache<'a> {
         match self {
             Self::F32(numbers) => write(numbers, at, k, v, |number, x| number.store(x.to_bits(), Ordering::Relaxed)),
             Self::Bf16(numbers) => write(numbers, at, k, v, |number, x| number.store(bf16_bits(x), Ordering::Relaxed)),
+            Self::I8(codes, scales) => {
+                let mut quantized = [[0; MAX_HEAD_DIM]; 2];
+                let at_scales = at.scales.expect("quantized numbers have scales");
+                for ((x, quantized), at) in [k, v].into_iter().zip(&mut quantized).zip(at_scales) {
+                    let scale = quantize(x, &mut quantized[..x.len()]);
+                    scales[at].store(scale.to_bits(), Ordering::Relaxed);
+                }
+                let [k, v] = [&quantized[0][..k.len()], &quantized[1][..v.len()]];
+                write(codes, at, k, v, |number, x| number.store(x, Ordering::Relaxed));
+            }
         }
     }
 }
 
 #[inline(always)]
-fn write<T>(numbers: &[T], at: KvToken, k: &[f32], v: &[f32], store: impl Fn(&T, f32)) {
+fn write<T, X: Copy>(numbers: &[T], at: KvToken, k: &[X], v: &[X], store: impl Fn(&T, X)) {
     for (out, k) in numbers[at.k_start..].chunks(at.k_stride).zip(k.chunks_exact(at.k_run)) {
         for (out, &k) in out.iter().zip(k) {
             store(out, k);
