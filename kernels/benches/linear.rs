@@ -105,7 +105,7 @@ fn main() {
     );
     for (name, format) in FORMATS {
         let peak = match format {
-            WeightFormat::Grouped(_) => 2.0 * limits.bf16_flops_per_second,
+            WeightFormat::Grouped(_) => limits.int8_ops_per_second,
             _ => limits.bf16_flops_per_second,
         };
         for shape in SHAPES {

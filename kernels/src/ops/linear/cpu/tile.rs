@@ -117,7 +117,7 @@ pub(super) struct Kernel {
 #[derive(Clone, Copy)]
 enum Tiles {
     /// By lines fetched ahead per step, too.
-    Dense([[TileFn; 6]; 5]),
+    Dense(&'static [[TileFn; 6]; 5]),
     Grouped(&'static [TileFn]),
 }
 
@@ -146,14 +146,14 @@ impl Kernel {
             step_bytes: 64,
             activations: if is_bf16 { ActivationForm::Bf16 } else { ActivationForm::Exact },
             activation_step_bytes: if is_bf16 { 8 } else { 4 },
-            tiles: Tiles::Dense(if is_bf16 { [tiles!(portable, true); 5] } else { [tiles!(portable, false); 5] }),
+            tiles: Tiles::Dense(if is_bf16 { &[tiles!(portable, true); 5] } else { &[tiles!(portable, false); 5] }),
         };
         match isa {
             Isa::Portable => base,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Self {
                 max_tile_rows: 6,
-                tiles: Tiles::Dense(if is_bf16 { by_lines!(avx2_bf16) } else { by_lines!(avx2_f32) }),
+                tiles: Tiles::Dense(if is_bf16 { &by_lines!(avx2_bf16) } else { &by_lines!(avx2_f32) }),
                 ..base
             },
             #[cfg(target_arch = "x86_64")]
@@ -165,9 +165,9 @@ impl Kernel {
                     step_bytes: 256,
                     activation_step_bytes: if multiplies_pairs { 4 } else { base.activation_step_bytes },
                     tiles: Tiles::Dense(match (is_bf16, multiplies_pairs) {
-                        (true, true) => by_lines!(avx512_bf16_pairs),
-                        (true, false) => by_lines!(avx512_bf16),
-                        _ => by_lines!(avx512_f32),
+                        (true, true) => &by_lines!(avx512_bf16_pairs),
+                        (true, false) => &by_lines!(avx512_bf16),
+                        _ => &by_lines!(avx512_f32),
                     }),
                     ..base
                 }
@@ -196,7 +196,7 @@ impl Kernel {
     /// `num_rows` is 1 to `max_tile_rows`.
     pub(super) unsafe fn run(&self, num_rows: usize, tile: &Tile) {
         debug_assert!((1..=self.max_tile_rows).contains(&num_rows));
-        let tiles: &[TileFn] = match &self.tiles {
+        let tiles: &[TileFn] = match self.tiles {
             Tiles::Dense(tiles) => &tiles[tile.num_lines],
             Tiles::Grouped(tiles) => tiles,
         };
