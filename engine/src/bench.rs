@@ -205,7 +205,7 @@ impl ModelBench {
         let fits = u64::from(prompt_len) + u64::from(max_tokens) <= u64::from(self.info.max_model_len)
             && batch <= self.info.max_num_seqs;
         let config = SchedulerConfig {
-            max_num_batched_tokens: max_num_batched_tokens.max(batch),
+            max_num_batched_tokens: max_num_batched_tokens.max(self.settings.max_num_seqs),
             enable_prefix_cache: false,
             max_waiting_tokens: u64::MAX / 4,
             max_waiting_micros: None,

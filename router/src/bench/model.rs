@@ -158,10 +158,10 @@ pub(super) fn run(options: &Options, file: Option<&Path>, flags: &[Flag]) -> Res
         return Err(failed("nothing that was asked for fits the KV cache and the settings".to_owned()));
     }
     let figures = Figures {
-        label: options.label.clone().unwrap_or_else(|| info.dtype.to_owned()),
+        label: options.label.clone().unwrap_or_else(|| info.weight_format.to_owned()),
         model: name,
         architecture: info.architecture,
-        dtype: info.dtype,
+        dtype: info.weight_format,
         device: info.device.name,
         isa: info.device.isa,
         num_threads: info.device.num_units,
@@ -182,7 +182,7 @@ impl Row {
         let seconds = measured.time.as_secs_f64();
         let (bytes_per_second, flops_per_second) = (measured.bytes as f64 / seconds, measured.flops as f64 / seconds);
         let peaks = model.peaks();
-        let compute_peak = match model.info().dtype {
+        let compute_peak = match model.info().weight_format {
             "f32" => peaks.f32_flops_per_second,
             "bf16" => peaks.bf16_flops_per_second,
             _ => peaks.int8_ops_per_second,
