@@ -2,11 +2,13 @@
 //! requests, alone and in random mixtures, over every setting that must not matter.
 
 use quire_engine::scheduler::{FinishReason, SamplingParams};
+use quire_engine::testing::gguf::gguf_twins;
 use quire_engine::testing::{ChoiceOutcome, Recorder, TinyModel, read_all, start_on_cpu, submission, tiny_model};
 use quire_engine::{
     DTypeChoice, EngineConfig, EngineHandle, KvDTypeChoice, ModelSource, QuantizeChoice, SchedulerSettings, Submission,
     TokenStream,
 };
+use quire_kernels::TensorFormat;
 use quire_kernels::cpu::Isa;
 use quire_scheduler::testing::Rng;
 
@@ -281,6 +283,19 @@ async fn llama_in_8_bits() {
 async fn llama_in_4_bits() {
     let setup = Setup::new(tiny_model(6, TinyModel::Llama), Isa::detect(), 17);
     check_all(Setup { quantize: QuantizeChoice::Int4, ..setup }, 16).await;
+}
+
+/// Blocks of every kind that fits rows of 64 and 96 weights, mixed within fused matrices too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn llama_in_a_file_of_blocks() {
+    let kinds = [TensorFormat::Q8_0, TensorFormat::Q4_0, TensorFormat::Q4_1, TensorFormat::Q5_1, TensorFormat::Iq4Nl];
+    let twins = gguf_twins(&tiny_model(7, TinyModel::Llama), |name, _| {
+        kinds[name.bytes().map(usize::from).sum::<usize>() % kinds.len()]
+    });
+    let temp = tempfile::tempdir().unwrap();
+    let file = twins.file.write(&temp.path().join("model.gguf"));
+    let setup = Setup::new(file, Isa::detect(), 17);
+    check_all(Setup { dtype: DTypeChoice::Bf16, ..setup }, 20).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
