@@ -1,9 +1,24 @@
 //! CUDA devices. The driver is loaded at run time: the crate builds and starts on machines that have none.
+//!
+//! [`CudaBackend`] is the arithmetic, written once over [`Device`]. The launchers lie beside the code that they launch, in
+//! `ops/<op>/cuda.rs` and `ops/<op>/<op>.cu`.
+
+pub mod backend;
+pub mod device;
+pub mod fault;
+pub mod memory;
+pub mod ptx;
+
+pub use backend::CudaBackend;
+pub use device::{Arg, Device, DeviceFacts, DevicePtr, GraphId, KernelId, Launch};
+pub use fault::Fault;
+pub use memory::{CudaBuffer, CudaKv, Workspace};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
+use crate::cuda::device::failure;
 use crate::{DeviceInfo, KernelError};
 
 /// The CUDA devices of this machine, in the driver's order. Fails with one clear line where there is no driver, no
@@ -12,7 +27,7 @@ pub fn probe() -> Result<Vec<DeviceInfo>, KernelError> {
     // First of all: every other call panics where the library cannot be loaded.
     // SAFETY: loads the driver's library, as any program that uses CUDA does.
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
-        return Err(failure("no driver here (libcuda could not be loaded)".to_owned()));
+        return Err(failure("no driver here (libcuda could not be loaded)"));
     }
     result::init().map_err(|error| failed("the driver does not start", error))?;
     let num_devices = result::device::get_count().map_err(|error| failed("the driver lists no devices", error))?;
@@ -41,10 +56,6 @@ fn describe(ordinal: i32) -> Result<DeviceInfo, DriverError> {
 fn failed(what: &str, error: DriverError) -> KernelError {
     let reason = error.error_string().map_or("no reason given".into(), |reason| reason.to_string_lossy());
     failure(format!("{what}: {reason}"))
-}
-
-fn failure(cause: String) -> KernelError {
-    KernelError::Device { device: "cuda", cause }
 }
 
 #[cfg(test)]

@@ -1,0 +1,2 @@
+// Made together with the files that it names: do not edit.
+&[]
