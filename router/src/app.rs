@@ -172,7 +172,10 @@ fn http_app(lifecycle: Arc<Lifecycle>) -> Router {
         match lifecycle.serving() {
             // Cannot fail: a router answers every request.
             Some(serving) => serving.http.clone().oneshot(request).await.unwrap_or_else(|never| match never {}),
-            None => ApiError::from(NotReady::Starting).into_response(),
+            None => {
+                let response = ApiError::from(NotReady::Starting).into_response();
+                http::in_dialect(request.uri().path(), "", response)
+            }
         }
     }
     let panicked = |_: Box<dyn std::any::Any + Send>| -> axum::http::Response<Body> {

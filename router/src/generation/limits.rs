@@ -52,6 +52,9 @@ pub struct Limits {
     /// because a caller that builds prompts from its users' words would let them forge turns; callers that render chat
     /// templates themselves can send token ids, or switch this on where every caller is trusted.
     pub special_tokens_in_prompts: bool,
+    /// Whether a request with a field that is not known is refused. Off, such fields are named in the answer's header
+    /// `x-quire-ignored-params`; a request can choose for itself by the header `x-quire-strict`.
+    pub strict: bool,
 }
 
 impl Default for Limits {
@@ -77,6 +80,7 @@ impl Default for Limits {
             template_fuel: 1_000_000,
             template_output_bytes: 1 << 20,
             special_tokens_in_prompts: false,
+            strict: false,
         }
     }
 }

@@ -501,31 +501,3 @@ pub(super) async fn whole(head: &Head, mut generations: Generations) -> Result<V
 pub(super) fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).unwrap_or_else(|_| b"{}".to_vec())
 }
-
-/// An error in OpenAI's shape.
-#[derive(Serialize)]
-pub(super) struct ErrorBody {
-    pub(super) error: ErrorJson,
-}
-
-#[derive(Serialize)]
-pub(super) struct ErrorJson {
-    pub(super) message: String,
-    pub(super) r#type: String,
-    pub(super) param: Option<String>,
-    pub(super) code: Option<String>,
-}
-
-impl From<&ApiError> for ErrorBody {
-    fn from(error: &ApiError) -> Self {
-        let (kind, code) = error.names();
-        Self {
-            error: ErrorJson {
-                message: error.to_string(),
-                r#type: kind.to_owned(),
-                param: error.param().map(str::to_owned),
-                code: code.map(str::to_owned),
-            },
-        }
-    }
-}

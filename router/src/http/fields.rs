@@ -47,6 +47,10 @@ impl Ignored {
         (!self.names.is_empty()).then(|| self.names.join(","))
     }
 
+    pub(super) fn first(&self) -> Option<&str> {
+        self.names.first().map(String::as_str)
+    }
+
     pub(super) fn for_each(&self, mut each: impl FnMut(&str)) {
         self.names.iter().for_each(|name| each(name));
     }

@@ -1,7 +1,6 @@
 //! OpenAI-compatible handlers.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Request, State};
@@ -18,18 +17,21 @@ use crate::generation::{GenerationParams, GenerationRequest, GenerationService, 
 use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::random::random_seed;
 
-use super::answer::{Event, Generations, Head, PromptPart, Shape, json, slice, whole};
+use super::answer::{Generations, Head, PromptPart, Shape, json, slice, whole};
+use super::failure::Failure;
 use super::fields::Ignored;
-use super::sse::EventStream;
+use super::receive::{Parsed, receive};
+use super::sse::ChunkWriter;
+use super::stream::{SSE, streamed};
 use super::types::{ChatBody, Common, CompletionsBody, DetokenizeBody, Prompt, TokenizeBody};
-use super::{Failure, IGNORED_PARAMS, Received, RequestId, read_json_body};
+use super::{IGNORED_PARAMS, RequestId};
 
 /// The tenant of a server without keys.
-const TENANT: TenantId = TenantId(0);
+pub(super) const TENANT: TenantId = TenantId(0);
 
 /// `POST /v1/chat/completions`
 pub(super) async fn chat(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
-    let Parsed { id, body, share } = receive(&service, Endpoint::Chat, request, ChatBody::parse).await?;
+    let Parsed { id, body, share } = receive::<ChatBody>(&service, Endpoint::Chat, request).await?;
     let job = Job { service, endpoint: Endpoint::Chat, shape: Shape::Chat, id, share, common: body.common };
     let prompt = JobPrompt { input: Input::Chat(body.input), echo: None };
     let wants_prompt_logprobs = job.common.params.prompt_logprobs.is_some();
@@ -41,7 +43,7 @@ pub(super) async fn completions(
     State(service): State<GenerationService>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let Parsed { id, body, share } = receive(&service, Endpoint::Completions, request, CompletionsBody::parse).await?;
+    let Parsed { id, body, share } = receive::<CompletionsBody>(&service, Endpoint::Completions, request).await?;
     let CompletionsBody { common, prompts, add_special_tokens, echo, echo_only, wants_prompt_logprobs } = body;
     let prompts = prompts
         .into_iter()
@@ -58,36 +60,6 @@ pub(super) async fn completions(
         .collect();
     let job = Job { service, endpoint: Endpoint::Completions, shape: Shape::Completions, id, share, common };
     job.answer(prompts, AnswerOptions { wants_prompt_logprobs, echo_only }).await
-}
-
-/// A body that was understood. What it holds takes about the memory of its bytes.
-struct Parsed<T> {
-    id: RequestId,
-    body: T,
-    share: BodyShare,
-}
-
-/// Reads a body and parses it; a refusal is counted under its endpoint.
-async fn receive<T>(
-    service: &GenerationService,
-    endpoint: Endpoint,
-    request: Request,
-    parse: impl FnOnce(&[u8], &crate::generation::Limits) -> Result<T, ApiError>,
-) -> Result<Parsed<T>, Failure> {
-    let id = RequestId::of(&request);
-    let parsed = match read_json_body(request, service).await {
-        Ok(Received { body, share }) => {
-            parse(&body, service.limits()).map(|body| Parsed { id, body, share }).map_err(Failure::from)
-        }
-        Err(failure) => Err(failure),
-    };
-    match parsed {
-        Ok(parsed) => Ok(parsed),
-        Err(failure) => {
-            RequestMetrics::start(endpoint).finish(failure.outcome());
-            Err(failure)
-        }
-    }
 }
 
 /// A request of either endpoint, understood.
@@ -201,31 +173,13 @@ impl Job {
             echo_only: options.echo_only,
             prompts,
         };
-        let mut generations = Generations::new(generations);
+        let generations = Generations::new(generations);
         if !stream.stream {
             let body = whole(&head, generations).await?;
             return Ok(json_response(body, &ignored));
         }
-        // What goes wrong before the first event still has a status of its own, unless that takes so long that the client
-        // must hear something.
-        let keepalive = match service.limits().sse_keepalive_seconds {
-            0 => None,
-            seconds => Some(Duration::from_secs(seconds)),
-        };
-        let first = match keepalive {
-            None => generations.next().await,
-            Some(limit) => tokio::time::timeout(limit, generations.next()).await.unwrap_or(None),
-        };
-        if let Some(Event::Error(error)) = first {
-            return Err(error.into());
-        }
-        let events = EventStream::new(head, stream, first, generations, keepalive);
-        let mut response = Response::new(Body::from_stream(events));
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        // Proxies that buffer answers would undo the streaming.
-        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        let writer = ChunkWriter::new(head, stream);
+        let mut response = streamed(&service, generations, writer, SSE, stream.interval).await?;
         name_ignored(&mut response, &ignored);
         Ok(response)
     }
@@ -251,8 +205,7 @@ pub(super) async fn tokenize(State(service): State<GenerationService>, request: 
         tokens: Arc<[u32]>,
         token_strs: Option<Vec<String>>,
     }
-    let Parsed { body, share: _share, .. } =
-        receive(&service, Endpoint::Tokenize, request, TokenizeBody::parse).await?;
+    let Parsed { body, share: _share, .. } = receive::<TokenizeBody>(&service, Endpoint::Tokenize, request).await?;
     service.check_model(body.model)?;
     let tokens = service.tokenize(body.input).await?;
     let table = service.model().table();
@@ -273,8 +226,7 @@ pub(super) async fn detokenize(
     struct Answer {
         prompt: String,
     }
-    let Parsed { body, share: _share, .. } =
-        receive(&service, Endpoint::Detokenize, request, |body, _| DetokenizeBody::parse(body)).await?;
+    let Parsed { body, share: _share, .. } = receive::<DetokenizeBody>(&service, Endpoint::Detokenize, request).await?;
     service.check_model(body.model)?;
     let prompt = service.detokenize(body.tokens).await?;
     Ok(json_response(json(&Answer { prompt }), &body.ignored))
@@ -334,7 +286,7 @@ pub(super) async fn version() -> Response {
     json_response(json(&Answer { version: env!("CARGO_PKG_VERSION") }), &Ignored::default())
 }
 
-fn json_response(body: Vec<u8>, ignored: &Ignored) -> Response {
+pub(super) fn json_response(body: Vec<u8>, ignored: &Ignored) -> Response {
     let mut response = Response::new(Body::from(Bytes::from(body)));
     *response.status_mut() = StatusCode::OK;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -342,7 +294,7 @@ fn json_response(body: Vec<u8>, ignored: &Ignored) -> Response {
     response
 }
 
-fn name_ignored(response: &mut Response, ignored: &Ignored) {
+pub(super) fn name_ignored(response: &mut Response, ignored: &Ignored) {
     if let Some(value) = ignored.header().and_then(|names| HeaderValue::try_from(names).ok()) {
         response.headers_mut().insert(IGNORED_PARAMS, value);
     }

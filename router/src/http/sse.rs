@@ -1,123 +1,21 @@
-//! Server-sent events: a stream of generation events as OpenAI's chunks.
+//! Server-sent events in OpenAI's shape: generation events as chunks.
 //!
 //! What is the same in every chunk of an answer is written once; a chunk is that, its choice, and a fixed end.
 
-use std::convert::Infallible;
-use std::pin::Pin;
-use std::task::{Context, Poll};
-use std::time::Duration;
-
-use axum::body::Bytes;
-use futures::Stream;
 use serde::Serialize;
-use tokio::time::{Instant, Interval, MissedTickBehavior};
 
+use crate::error::ApiError;
 use crate::generation::{GenerationEvent, TokenInfo, Usage};
 
-use super::answer::{
-    ChatLogprobs, CompletionLogprobs, ErrorBody, Event, Finish, Generations, Head, LogprobsJson, Shape, UsageJson,
-    echoed_logprobs, json,
-};
+use super::answer::{ChatLogprobs, CompletionLogprobs, Finish, Head, LogprobsJson, Shape, UsageJson, echoed_logprobs};
+use super::failure::{Dialect, error_json};
+use super::stream::{Framing, push_json, sse_data};
 use super::types::StreamOptions;
 
 const DONE: &[u8] = b"data: [DONE]\n\n";
-/// A comment: readers of the stream pass over it.
-const WAITING: &[u8] = b": waiting\n\n";
-/// Bytes after which what is ready is sent before more is looked for.
-const FULL: usize = 16 << 10;
-
-/// The body of a streamed answer.
-pub(super) struct EventStream {
-    generations: Generations,
-    /// The event that was awaited before the answer began.
-    first: Option<Event>,
-    writer: ChunkWriter,
-    keepalive: Option<Interval>,
-    /// Something was said since the last tick.
-    has_spoken: bool,
-    ended: bool,
-}
-
-impl EventStream {
-    /// `keepalive`: how often something is said at least.
-    pub(super) fn new(
-        head: Head,
-        options: StreamOptions,
-        first: Option<Event>,
-        generations: Generations,
-        keepalive: Option<Duration>,
-    ) -> Self {
-        let keepalive = keepalive.map(|period| {
-            // Where the first event is not there yet, that long has passed already.
-            let start = if first.is_none() { Instant::now() } else { Instant::now() + period };
-            let mut ticks = tokio::time::interval_at(start, period);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            ticks
-        });
-        Self { generations, first, writer: ChunkWriter::new(head, options), keepalive, has_spoken: false, ended: false }
-    }
-
-    /// Whether it is time for a comment.
-    fn is_quiet(&mut self, cx: &mut Context<'_>) -> bool {
-        let Some(ticks) = &mut self.keepalive else { return false };
-        while ticks.poll_tick(cx).is_ready() {
-            if !std::mem::take(&mut self.has_spoken) {
-                return true;
-            }
-        }
-        false
-    }
-}
-
-impl Stream for EventStream {
-    type Item = Result<Bytes, Infallible>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = &mut *self;
-        let mut out = Vec::new();
-        while !this.ended && out.len() < FULL {
-            let event = match this.first.take() {
-                Some(event) => Some(event),
-                None => match this.generations.poll_next(cx) {
-                    Poll::Ready(event) => event,
-                    Poll::Pending if out.is_empty() && this.is_quiet(cx) => {
-                        return Poll::Ready(Some(Ok(WAITING.into())));
-                    }
-                    Poll::Pending if out.is_empty() => return Poll::Pending,
-                    Poll::Pending => break,
-                },
-            };
-            match event {
-                Some(Event::Of { prompt_index, event }) => this.writer.event(prompt_index, event, &mut out),
-                Some(Event::Done(usage)) => {
-                    this.writer.done(usage, &mut out);
-                    this.ended = true;
-                }
-                Some(Event::Error(error)) => {
-                    data(&json(&ErrorBody::from(&error)), &mut out);
-                    this.ended = true;
-                }
-                None => this.ended = true,
-            }
-        }
-        this.has_spoken = true;
-        if out.is_empty() { Poll::Ready(None) } else { Poll::Ready(Some(Ok(out.into()))) }
-    }
-}
-
-fn data(json: &[u8], out: &mut Vec<u8>) {
-    out.extend_from_slice(b"data: ");
-    out.extend_from_slice(json);
-    out.extend_from_slice(b"\n\n");
-}
-
-/// Appends a value of ours as JSON; none of them can fail to be written to memory.
-fn push_json(value: &impl Serialize, out: &mut Vec<u8>) {
-    let _ = serde_json::to_writer(out, value);
-}
 
 /// Writes the chunks of one answer.
-struct ChunkWriter {
+pub(super) struct ChunkWriter {
     head: Head,
     options: StreamOptions,
     /// `data: {"id":...,"choices":[`
@@ -145,49 +43,7 @@ struct Piece<'p> {
     finish: Option<Finish>,
 }
 
-impl ChunkWriter {
-    fn new(head: Head, options: StreamOptions) -> Self {
-        #[derive(Serialize)]
-        struct Prefix<'h> {
-            id: &'h str,
-            object: &'static str,
-            created: u64,
-            model: &'h str,
-            system_fingerprint: &'h str,
-            seed: i64,
-        }
-        let mut prefix = b"data: ".to_vec();
-        push_json(
-            &Prefix {
-                id: &head.id,
-                object: match head.shape {
-                    Shape::Chat => "chat.completion.chunk",
-                    Shape::Completions => "text_completion",
-                },
-                created: head.created,
-                model: &head.model,
-                system_fingerprint: &head.fingerprint,
-                seed: head.seed,
-            },
-            &mut prefix,
-        );
-        // Open the object again: its last field is each chunk's own.
-        prefix.pop();
-        prefix.extend_from_slice(b",\"choices\":[");
-        let num_choices = head.prompts.len() * head.num_choices as usize;
-        Self {
-            prefix,
-            choices: (0..num_choices).map(|_| ChoiceState::default()).collect(),
-            prompt_logprobs: head.prompts.iter().map(|_| Vec::new()).collect(),
-            usage: Usage {
-                prompt_tokens: head.prompts.iter().map(|prompt| prompt.token_ids.len() as u32).sum(),
-                ..Usage::default()
-            },
-            head,
-            options,
-        }
-    }
-
+impl Framing for ChunkWriter {
     fn event(&mut self, prompt_index: usize, event: GenerationEvent, out: &mut Vec<u8>) {
         match event {
             GenerationEvent::PromptLogprobs { position, info } => {
@@ -229,6 +85,54 @@ impl ChunkWriter {
             out.extend_from_slice(b"}\n\n");
         }
         out.extend_from_slice(DONE);
+    }
+
+    fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+        sse_data(&error_json(error, Dialect::OpenAi, ""), out);
+    }
+}
+
+impl ChunkWriter {
+    pub(super) fn new(head: Head, options: StreamOptions) -> Self {
+        #[derive(Serialize)]
+        struct Prefix<'h> {
+            id: &'h str,
+            object: &'static str,
+            created: u64,
+            model: &'h str,
+            system_fingerprint: &'h str,
+            seed: i64,
+        }
+        let mut prefix = b"data: ".to_vec();
+        push_json(
+            &Prefix {
+                id: &head.id,
+                object: match head.shape {
+                    Shape::Chat => "chat.completion.chunk",
+                    Shape::Completions => "text_completion",
+                },
+                created: head.created,
+                model: &head.model,
+                system_fingerprint: &head.fingerprint,
+                seed: head.seed,
+            },
+            &mut prefix,
+        );
+        // Open the object again: its last field is each chunk's own.
+        prefix.pop();
+        prefix.extend_from_slice(b",\"choices\":[");
+        let num_choices = head.prompts.len() * head.num_choices as usize;
+        Self {
+            prefix,
+            choices: (0..num_choices).map(|_| ChoiceState::default()).collect(),
+            prompt_logprobs: head.prompts.iter().map(|_| Vec::new()).collect(),
+            usage: Usage {
+                prompt_tokens: head.prompts.iter().map(|prompt| prompt.token_ids.len() as u32).sum(),
+                ..Usage::default()
+            },
+            head,
+            options,
+        }
     }
 
     fn index(&self, prompt_index: usize, choice_index: u32) -> usize {

@@ -10,11 +10,15 @@ use crate::generation::{ChatInput, ChatMessage, GenerationParams, Input, Limits,
 use crate::random::is_request_id;
 
 use super::fields::{Fields, Ignored, list, raw_list};
+use super::receive::Body;
 
 /// Most parts of one message.
 const MAX_PARTS: usize = 1024;
 /// Default of `max_tokens` for completions, as OpenAI documents it.
 const DEFAULT_COMPLETION_TOKENS: u64 = 16;
+
+/// Most tokens between two chunks of a stream.
+const MAX_STREAM_INTERVAL: u32 = 4096;
 
 /// Fields of both endpoints that are understood and not served.
 const UNSUPPORTED: [&str; 33] = [
@@ -61,6 +65,8 @@ const UNSUPPORTED_IN_CHAT: [&str; 9] =
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct StreamOptions {
     pub(super) stream: bool,
+    /// Tokens of a choice between two chunks; 0 and 1 are the same.
+    pub(super) interval: u32,
     pub(super) include_usage: bool,
     pub(super) continuous_usage: bool,
 }
@@ -110,8 +116,12 @@ impl Prompt {
     }
 }
 
-impl ChatBody {
-    pub(super) fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
+impl Body for ChatBody {
+    fn ignored(&self) -> &Ignored {
+        &self.common.ignored
+    }
+
+    fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();
         fields.refuse(&UNSUPPORTED_IN_CHAT)?;
@@ -139,8 +149,12 @@ impl ChatBody {
     }
 }
 
-impl CompletionsBody {
-    pub(super) fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
+impl Body for CompletionsBody {
+    fn ignored(&self) -> &Ignored {
+        &self.common.ignored
+    }
+
+    fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         fields.refuse(&["suffix"])?;
         let mut params = params(&mut fields, limits)?;
@@ -182,8 +196,12 @@ pub(super) struct TokenizeBody {
     pub(super) ignored: Ignored,
 }
 
-impl TokenizeBody {
-    pub(super) fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
+impl Body for TokenizeBody {
+    fn ignored(&self) -> &Ignored {
+        &self.ignored
+    }
+
+    fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();
         fields.refuse(&["tools", "chat_template", "mm_processor_kwargs", "documents"])?;
@@ -209,8 +227,12 @@ pub(super) struct DetokenizeBody {
     pub(super) ignored: Ignored,
 }
 
-impl DetokenizeBody {
-    pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
+impl Body for DetokenizeBody {
+    fn ignored(&self) -> &Ignored {
+        &self.ignored
+    }
+
+    fn parse(body: &[u8], _: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();
         let Some(tokens) = fields.list("tokens", usize::MAX, "hold token ids")? else {
@@ -278,7 +300,12 @@ fn common(fields: &mut Fields<'_>, params: GenerationParams, mut ignored: Ignore
         let _ = fields.raw(label);
     }
     let stream = fields.bool("stream")?.unwrap_or(false);
-    let mut options = StreamOptions { stream, ..StreamOptions::default() };
+    let interval = fields.count("stream_interval")?.unwrap_or(1);
+    let interval = u32::try_from(interval).ok().filter(|interval| (1..=MAX_STREAM_INTERVAL).contains(interval));
+    let Some(interval) = interval else {
+        return Err(invalid("stream_interval", format_args!("must be between 1 and {MAX_STREAM_INTERVAL}")));
+    };
+    let mut options = StreamOptions { stream, interval, ..StreamOptions::default() };
     if let Some(raw) = fields.raw("stream_options") {
         if !stream {
             return Err(invalid("stream_options", "needs `stream` to be true"));
