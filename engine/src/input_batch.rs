@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use quire_kernels::ops::logprobs::LogprobsAt;
+use quire_kernels::ops::rope_kv_write::NO_SLOT;
 use quire_kernels::ops::sample::SampleAt;
 use quire_scheduler::{Request, StepPlan};
 
@@ -15,6 +17,8 @@ pub(crate) struct TableShape {
     pub max_model_len: usize,
     pub block_size: usize,
     pub num_kv_groups: usize,
+    /// Rows of logits that exist at a time.
+    pub logits_tile: usize,
 }
 
 impl TableShape {
@@ -24,13 +28,13 @@ impl TableShape {
     }
 }
 
-/// A sequence that gets a new token.
+/// A new token whose log probability is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct SampledSequence {
-    /// Index into the plan's sequences.
-    pub sequence: u32,
-    /// Row, and the position of the token to choose.
-    pub at: SampleAt,
+pub(crate) struct WantedLogprobs {
+    /// Which of the sampled tokens.
+    pub sampled_index: u32,
+    /// How many of the most likely tokens are wanted beside it.
+    pub num_top: u32,
 }
 
 /// A prompt token whose log probability is wanted.
@@ -73,11 +77,17 @@ pub(crate) struct InputBatch {
     pub rows: Vec<u32>,
     /// Per KV group.
     pub slot_mapping: Vec<Vec<u32>>,
-    /// In plan order.
-    pub sampled: Vec<SampledSequence>,
+    /// Tokens to choose, in plan order.
+    pub num_sampled: usize,
+    /// As [`SampleAt`] says, two words each.
+    pub sample_rows: Vec<u32>,
+    /// In the order of the sampled tokens.
+    pub wanted_logprobs: Vec<WantedLogprobs>,
+    /// Beside `wanted_logprobs`, as [`LogprobsAt`] says: the row in its tile of logits, and the index of the token.
+    pub logprob_rows: Vec<u32>,
     /// In order of sequence and position.
     pub prompt_tokens: Vec<PromptToken>,
-    /// Tokens of the step whose logits are wanted: those of `sampled`, then those of `prompt_tokens`.
+    /// Tokens of the step whose logits are wanted: those that are sampled from, then those of `prompt_tokens`.
     pub gather: Vec<u32>,
 }
 
@@ -98,7 +108,10 @@ impl InputBatch {
             context_lens: Vec::with_capacity(seqs),
             rows: Vec::with_capacity(seqs),
             slot_mapping: vec![Vec::with_capacity(tokens); num_kv_groups],
-            sampled: Vec::with_capacity(seqs),
+            num_sampled: 0,
+            sample_rows: Vec::with_capacity(2 * seqs),
+            wanted_logprobs: Vec::with_capacity(seqs),
+            logprob_rows: Vec::with_capacity(2 * seqs),
             prompt_tokens: Vec::with_capacity(tokens),
             gather: Vec::with_capacity(seqs + tokens),
         }
@@ -151,14 +164,12 @@ impl InputBatch {
             self.context_lens.push(end as u32);
             self.rows.push(row as u32);
             if sequence.samples {
-                let at = SampleAt { row: row as u32, num_tokens: end as u32 };
-                self.sampled.push(SampledSequence { sequence: index as u32, at });
-                self.gather.push(self.positions.len() as u32 - 1);
+                self.add_sampled(SampleAt { row: row as u32, num_tokens: end as u32 });
             }
             self.add_prompt_tokens(index as u32, row, first..end);
             debug_assert_eq!(self.positions.len() - first_token, end - first);
         }
-        // The rows of `prompt_tokens` follow those of `sampled`.
+        // The rows of `prompt_tokens` follow those that are sampled from.
         for token in &self.prompt_tokens {
             let sequence = token.sequence as usize;
             let first = plan.sequences[sequence].num_computed_tokens;
@@ -175,9 +186,55 @@ impl InputBatch {
         self.context_lens.clear();
         self.rows.clear();
         self.slot_mapping.iter_mut().for_each(Vec::clear);
-        self.sampled.clear();
+        self.num_sampled = 0;
+        self.sample_rows.clear();
+        self.wanted_logprobs.clear();
+        self.logprob_rows.clear();
         self.prompt_tokens.clear();
         self.gather.clear();
+    }
+
+    /// Whether all that the step does is to add one token to each of its sequences.
+    pub(crate) fn only_decodes(&self) -> bool {
+        let num_seqs = self.rows.len();
+        num_seqs > 0
+            && self.positions.len() == num_seqs
+            && self.num_sampled == num_seqs
+            && self.prompt_tokens.is_empty()
+    }
+
+    /// Fills a batch that [`Self::only_decodes`] up to `num_seqs` with sequences that compute nothing: each has a token of
+    /// its own, which is not attended to, not kept and not sampled from.
+    pub(crate) fn fill_up(&mut self, num_seqs: usize) {
+        debug_assert!(
+            self.only_decodes() && num_seqs <= self.shape.max_num_seqs.min(self.shape.max_num_batched_tokens)
+        );
+        let num_tokens = self.positions.len() as u32;
+        // Any token will do that is one.
+        self.token_indices.resize(num_seqs, self.token_indices[0]);
+        self.positions.resize(num_seqs, 0);
+        self.cu_seqlens.resize(num_seqs + 1, num_tokens);
+        self.context_lens.resize(num_seqs, 0);
+        self.rows.resize(num_seqs, 0);
+        self.slot_mapping.iter_mut().for_each(|slots| slots.resize(num_seqs, NO_SLOT));
+        self.gather.resize(num_seqs, 0);
+        for _ in self.num_sampled..num_seqs {
+            self.sample_rows.extend(SampleAt::NOBODY.words());
+        }
+    }
+
+    /// Samples from the last token that there is.
+    fn add_sampled(&mut self, at: SampleAt) {
+        let sampled_index = self.num_sampled;
+        if let Some(num_top) = self.request(at.row).sampling.logprobs {
+            let sampled_index = sampled_index as u32;
+            let logits_row = sampled_index % self.shape.logits_tile as u32;
+            self.wanted_logprobs.push(WantedLogprobs { sampled_index, num_top });
+            self.logprob_rows.extend(LogprobsAt { logits_row, token_index: sampled_index }.words());
+        }
+        self.sample_rows.extend(at.words());
+        self.gather.push(self.positions.len() as u32 - 1);
+        self.num_sampled += 1;
     }
 
     /// Appends blocks that alternate between KV groups.
@@ -225,7 +282,14 @@ mod tests {
     use super::*;
 
     fn shape(num_kv_groups: usize) -> TableShape {
-        TableShape { max_num_seqs: 3, max_num_batched_tokens: 32, max_model_len: 64, block_size: 16, num_kv_groups }
+        TableShape {
+            max_num_seqs: 3,
+            max_num_batched_tokens: 32,
+            max_model_len: 64,
+            block_size: 16,
+            num_kv_groups,
+            logits_tile: 2,
+        }
     }
 
     fn admission(row: u32, prompt: &[u32], generated: &[u32], prompt_logprobs: Option<u32>) -> Admission {
@@ -291,7 +355,7 @@ mod tests {
         assert_eq!(batch.rows, [0, 2]);
         let slots = [9 * 16 + 1].into_iter().chain(7 * 16 + 3..7 * 16 + 16).chain(16..16 + 5);
         assert_eq!(batch.slot_mapping[0], slots.collect::<Vec<u32>>());
-        assert_eq!(batch.sampled, [SampledSequence { sequence: 0, at: SampleAt { row: 0, num_tokens: 18 } }]);
+        assert_eq!((batch.num_sampled, &*batch.sample_rows), (1, &SampleAt { row: 0, num_tokens: 18 }.words()[..]));
         assert_eq!(batch.gather, [0]);
         assert!(batch.table_updates.is_empty());
     }
@@ -346,6 +410,44 @@ mod tests {
         batch.build(&plan(vec![choice(0, 0), choice(1, 1)], &[(0, 0, 5, &[1], true), (1, 0, 5, &[2], true)]));
         assert_eq!(batch.prompt_tokens.len(), 4);
         assert!(batch.prompt_tokens.iter().all(|token| token.sequence == 0));
+    }
+
+    #[test]
+    fn wanted_log_probabilities_name_their_row_of_a_tile_and_their_token() {
+        let mut batch = InputBatch::new(shape(1));
+        let asking = |row, logprobs| {
+            let mut admission = admission(row, &prompt(1), &[], None);
+            Arc::make_mut(&mut admission.request).sampling.logprobs = logprobs;
+            admission
+        };
+        let sequences: [(u32, u32, u32, &[u32], bool); 3] =
+            [(2, 0, 1, &[1], true), (1, 0, 1, &[2], true), (0, 0, 1, &[3], true)];
+        batch.build(&plan(vec![asking(0, Some(5)), asking(1, None), asking(2, Some(0))], &sequences));
+        let wanted = |sampled_index, num_top| WantedLogprobs { sampled_index, num_top };
+        assert_eq!(batch.wanted_logprobs, [wanted(0, 0), wanted(2, 5)]);
+        // Tiles have two rows: the third is the first of the second tile.
+        assert_eq!(batch.logprob_rows, [0, 0, 0, 2]);
+    }
+
+    #[test]
+    fn a_batch_of_decodes_is_filled_up_with_nobody() {
+        let mut batch = InputBatch::new(shape(2));
+        assert!(!batch.only_decodes());
+        batch.build(&plan(vec![admission(1, &prompt(2), &[], None)], &[(1, 0, 2, &[3, 4], true)]));
+        assert!(!batch.only_decodes());
+        batch.build(&plan(vec![], &[(1, 2, 1, &[], true)]));
+        assert!(batch.only_decodes());
+        batch.fill_up(3);
+        assert_eq!(batch.token_indices, [66; 3]);
+        assert_eq!(batch.positions, [2, 0, 0]);
+        assert_eq!(batch.cu_seqlens, [0, 1, 1, 1]);
+        assert_eq!(batch.context_lens, [3, 0, 0]);
+        assert_eq!(batch.rows, [1, 0, 0]);
+        assert_eq!(batch.slot_mapping, [[50, NO_SLOT, NO_SLOT], [66, NO_SLOT, NO_SLOT]]);
+        assert_eq!(batch.gather, [0; 3]);
+        let nobody = SampleAt::NOBODY.words();
+        assert_eq!(batch.sample_rows, [[1, 3], nobody, nobody].as_flattened());
+        assert_eq!(batch.num_sampled, 1);
     }
 
     #[test]

@@ -4,24 +4,31 @@
 //! when the sequence is admitted; later steps upload positions and appended blocks only, and the sampler appends its
 //! tokens itself. So a step can be launched that continues from a token nobody has read yet.
 
+mod decode_graphs;
+mod device_model;
+mod scores;
+mod tables;
+
 use std::collections::VecDeque;
 
-use quire_kernels::ops::logprobs::{Logprobs, LogprobsAt};
-use quire_kernels::ops::sample::{NON_FINITE, Sample, SampleAt, SamplerShape};
-use quire_kernels::{Backend, DType, KernelError};
-use quire_scheduler::{Admission, SequenceOutput, StepId, StepOutput, StepPlan, TokenLogprobs};
+use quire_kernels::ops::sample::NON_FINITE;
+use quire_kernels::{Backend, DType, KernelError, StepLimits};
+use quire_scheduler::{Admission, SequenceOutput, StepOutput, StepPlan};
 
 use crate::config::{DTypeChoice, EngineConfig, KvDTypeChoice, SchedulerSettings};
 use crate::error::EngineError;
 use crate::executor::Executor;
 use crate::handle::{MAX_LOGPROBS, ModelInfo};
-use crate::input_batch::{InputBatch, TableShape};
+use crate::input_batch::{InputBatch, TableShape, WantedLogprobs};
 use crate::kv_cache::{self, Budget, KvPlan};
 use crate::memory;
 use crate::model_files::ModelFiles;
-use crate::models::decoder::{Decoder, EMBEDDING, LOGITS_TILE, StepInputs, WeightChoice};
+use crate::models::decoder::{Decoder, EMBEDDING, WeightChoice};
 use crate::sampler::SamplerRows;
 use crate::source::ModelSource;
+use decode_graphs::{DecodeGraphs, Recorded};
+use device_model::DeviceModel;
+use scores::Scores;
 
 /// Most steps that are launched and not collected.
 const MAX_IN_FLIGHT: usize = 2;
@@ -29,66 +36,32 @@ const MAX_IN_FLIGHT: usize = 2;
 /// See the module's text.
 pub(crate) struct ModelExecutor<B: Backend> {
     backend: B,
-    decoder: Decoder<B>,
-    kv: Vec<B::Kv>,
-    sampler: B::Sampler,
-    tables: DeviceTables<B>,
+    model: DeviceModel<B>,
     batch: InputBatch,
+    graphs: DecodeGraphs<B::Graph>,
     sampler_rows: SamplerRows,
-    scratch: Scratch,
+    scores: Scores,
     /// Oldest first.
-    in_flight: VecDeque<InFlight>,
-    spare: Vec<InFlight>,
-    shape: TableShape,
-    vocab_size: usize,
-    /// Which part of `tables.sampled` the next step writes.
-    next_part: usize,
-}
-
-/// What lies on the device beside model and cache.
-struct DeviceTables<B: Backend> {
-    /// `[max_num_seqs, max_model_len]`
-    token_table: B::Buffer,
-    /// Per KV group `[max_num_seqs, max_num_blocks]`.
-    block_tables: Vec<B::Buffer>,
-    token_indices: B::Buffer,
-    positions: B::Buffer,
-    cu_seqlens: B::Buffer,
-    context_lens: B::Buffer,
-    rows: B::Buffer,
-    slot_mapping: Vec<B::Buffer>,
-    gather: B::Buffer,
-    /// `[MAX_IN_FLIGHT, max_num_seqs]`: chosen tokens.
-    sampled: B::Buffer,
-    logprob_values: B::Buffer,
-    logprob_ids: B::Buffer,
-}
-
-/// Memory on the host that every step uses anew.
-#[derive(Default)]
-struct Scratch {
-    tokens: Vec<u32>,
-    sample_at: Vec<SampleAt>,
-    logprobs_at: Vec<LogprobsAt>,
-    /// Beside `logprobs_at`: how many of the most likely tokens are wanted.
-    num_top: Vec<usize>,
-    values: Vec<f32>,
-    ids: Vec<u32>,
+    in_flight: VecDeque<InFlight<B>>,
+    /// Those that are not in flight.
+    spare: Vec<InFlight<B>>,
 }
 
 /// A step that was launched.
-#[derive(Default)]
-struct InFlight {
+struct InFlight<B: Backend> {
     /// Everything but tokens.
     output: StepOutput,
     /// Per sequence: how many tokens it computes, and whether one is sampled.
     sequences: Vec<(u32, bool)>,
-    /// Per sampled token, in order.
-    logprobs: Vec<Option<TokenLogprobs>>,
+    num_sampled: usize,
+    /// Of sampled tokens, in order.
+    wanted_logprobs: Vec<WantedLogprobs>,
+    /// Tokens beside each of `wanted_logprobs`, as computed.
+    num_top: usize,
     /// Sequences whose prompt had logits that are no numbers.
     non_finite: Vec<u32>,
-    num_sampled: usize,
-    part: usize,
+    /// Sampled tokens, then values and ids of their log probabilities.
+    readback: B::Readback,
 }
 
 /// A model that is ready to run, and what the scheduler must know of it.
@@ -145,6 +118,7 @@ impl<B: Backend> ModelExecutor<B> {
             max_model_len: kv_plan.max_model_len as usize,
             block_size: settings.block_size as usize,
             num_kv_groups: windows.len(),
+            logits_tile: backend.logits_tile(),
         };
         if (shape.max_num_seqs as u64) * (shape.max_model_len as u64) > u64::from(u32::MAX) {
             return Err(EngineError::Config {
@@ -172,175 +146,74 @@ impl<B: Backend> ModelExecutor<B> {
             max_num_batched_tokens: settings.max_num_batched_tokens,
             prefix_cache: settings.prefix_cache,
         };
-        let kv = kv_plan.layouts.iter().map(|layout| backend.alloc_kv(layout)).collect::<Result<_, _>>()?;
-        let sampler = backend.alloc_sampler(&SamplerShape {
-            max_num_seqs: shape.max_num_seqs,
-            max_model_len: shape.max_model_len,
-            vocab_size,
-        })?;
-        let tables = DeviceTables::alloc(&mut backend, &shape)?;
+        let limits = StepLimits {
+            num_tokens: shape.max_num_batched_tokens,
+            num_seqs: shape.max_num_seqs,
+            context_len: shape.max_model_len,
+            shape: config.attention_shape(),
+        };
+        let model = DeviceModel::alloc(&mut backend, decoder, &kv_plan, shape)?;
+        backend.reserve(&limits)?;
+        let spare = (0..MAX_IN_FLIGHT).map(|_| InFlight::new(&mut backend, &shape)).collect::<Result<_, _>>()?;
         let executor = Self {
             backend,
-            decoder,
-            kv,
-            sampler,
-            tables,
+            model,
             batch: InputBatch::new(shape),
+            graphs: DecodeGraphs::new(shape.max_num_seqs),
             sampler_rows: SamplerRows::default(),
-            scratch: Scratch::default(),
+            scores: Scores::default(),
             in_flight: VecDeque::with_capacity(MAX_IN_FLIGHT),
-            spare: Vec::with_capacity(MAX_IN_FLIGHT),
-            shape,
-            vocab_size,
-            next_part: 0,
+            spare,
         };
         Ok(Loaded { executor, info, kv_plan })
     }
 
     /// Writes what the device must know of a sequence that enters a row.
     fn admit(&mut self, admission: &Admission) -> Result<(), KernelError> {
-        let offset = admission.row.0 as usize * self.shape.max_model_len;
+        let DeviceModel { tables, sampler, shape, vocab_size, .. } = &mut self.model;
+        let offset = admission.row.0 as usize * shape.max_model_len;
         let prompt = &*admission.request.prompt;
-        let table = &mut self.tables.token_table;
-        self.backend.write_u32(table, offset, prompt)?;
-        self.backend.write_u32(table, offset + prompt.len(), &admission.generated)?;
-        self.sampler_rows.set(&mut self.backend, &mut self.sampler, admission, self.vocab_size)
+        self.backend.write_u32(&mut tables.token_table, offset, prompt)?;
+        self.backend.write_u32(&mut tables.token_table, offset + prompt.len(), &admission.generated)?;
+        self.sampler_rows.set(&mut self.backend, sampler, admission, *vocab_size)
     }
 
-    fn upload_block_tables(&mut self) -> Result<(), KernelError> {
-        let Self { backend, tables, batch, .. } = self;
-        for update in &batch.table_updates {
-            let blocks = &batch.block_tables[update.group][update.offset..][..update.len];
-            backend.write_u32(&mut tables.block_tables[update.group], update.offset, blocks)?;
-        }
-        Ok(())
-    }
-
-    /// Uploads the step's arrays and runs the layers.
-    fn forward(&mut self) -> Result<(), KernelError> {
-        self.upload_block_tables()?;
-        let Self { backend, tables, batch, .. } = self;
-        backend.write_u32(&mut tables.token_indices, 0, &batch.token_indices)?;
-        backend.write_u32(&mut tables.positions, 0, &batch.positions)?;
-        backend.write_u32(&mut tables.cu_seqlens, 0, &batch.cu_seqlens)?;
-        backend.write_u32(&mut tables.context_lens, 0, &batch.context_lens)?;
-        backend.write_u32(&mut tables.rows, 0, &batch.rows)?;
-        for (buffer, slots) in tables.slot_mapping.iter_mut().zip(&batch.slot_mapping) {
-            backend.write_u32(buffer, 0, slots)?;
-        }
-        backend.write_u32(&mut tables.gather, 0, &batch.gather)?;
-        self.decoder.forward(
-            backend,
-            StepInputs {
-                num_tokens: batch.positions.len(),
-                num_seqs: batch.rows.len(),
-                token_table: &tables.token_table,
-                token_indices: &tables.token_indices,
-                positions: &tables.positions,
-                cu_seqlens: &tables.cu_seqlens,
-                context_lens: &tables.context_lens,
-                rows: &tables.rows,
-                slot_mapping: &tables.slot_mapping,
-                block_tables: &tables.block_tables,
-                max_num_blocks: self.shape.max_num_blocks(),
-                kv: &mut self.kv,
-            },
-        )
-    }
-
-    /// Chooses tokens, a tile of logits at a time, and their log probabilities where asked.
-    fn sample(&mut self, step: &mut InFlight) -> Result<(), KernelError> {
-        let wants_logprobs = |batch: &InputBatch, row: u32| batch.request(row).sampling.logprobs;
-        let mut first = 0;
-        while first < self.batch.sampled.len() {
-            let len = LOGITS_TILE.min(self.batch.sampled.len() - first);
-            self.decoder.compute_logits(&mut self.backend, &self.tables.gather, first, len)?;
-            let tile = &self.batch.sampled[first..first + len];
-            self.scratch.sample_at.clear();
-            self.scratch.sample_at.extend(tile.iter().map(|sampled| sampled.at));
-            let out_offset = step.part * self.shape.max_num_seqs + first;
-            self.backend.sample(Sample {
-                sampler: &mut self.sampler,
-                logits: self.decoder.logits(),
-                rows: &self.scratch.sample_at,
-                token_table: &mut self.tables.token_table,
-                out: &mut self.tables.sampled,
-                out_offset,
-            })?;
-            let base = step.logprobs.len();
-            step.logprobs.resize_with(base + len, || None);
-            if tile.iter().any(|sampled| wants_logprobs(&self.batch, sampled.at.row).is_some()) {
-                // Their log probabilities need the tokens: the one case in which launching waits for the device.
-                self.scratch.tokens.resize(len, 0);
-                self.backend.read_u32(&self.tables.sampled, out_offset, &mut self.scratch.tokens)?;
-                let mut asked = Vec::new();
-                self.scratch.clear_logprobs();
-                for (i, sampled) in self.batch.sampled[first..first + len].iter().enumerate() {
-                    let token_id = self.scratch.tokens[i];
-                    if let Some(num_top) = wants_logprobs(&self.batch, sampled.at.row)
-                        && token_id != NON_FINITE
-                    {
-                        self.scratch.ask(i as u32, token_id, num_top);
-                        asked.push(base + i);
-                    }
-                }
-                self.compute_logprobs(|i, logprobs| step.logprobs[asked[i]] = Some(logprobs))?;
+    /// Uploads the step's arrays, runs the layers and chooses tokens.
+    fn compute(&mut self, num_top: usize) -> Result<(), KernelError> {
+        let Self { backend, model, batch, graphs, .. } = self;
+        let num_sampled = batch.num_sampled;
+        // Where logits take several tiles, the log probabilities of one come before the logits of the next.
+        let is_one_tile = num_sampled <= model.shape.logits_tile;
+        let size = match backend.can_capture() && batch.only_decodes() && (is_one_tile || num_top == 0) {
+            true => graphs.size_for(num_sampled),
+            false => None,
+        };
+        let Some(size) = size else {
+            model.tables.upload(backend, batch)?;
+            model.forward(backend, batch.positions.len(), batch.rows.len())?;
+            for first in (0..num_sampled).step_by(model.shape.logits_tile) {
+                let len = model.shape.logits_tile.min(num_sampled - first);
+                model.choose(backend, first, len)?;
+                model.score_chosen(backend, batch, first..first + len, num_top)?;
             }
-            first += len;
+            return Ok(());
+        };
+        batch.fill_up(size);
+        model.tables.upload(backend, batch)?;
+        let recorded = graphs.recorded(size);
+        if let Recorded::Ran = recorded
+            && let Some(graph) = backend.capture(|backend| model.decode(backend, size))?
+        {
+            *recorded = Recorded::Graph(graph);
         }
-        step.num_sampled = self.batch.sampled.len();
-        Ok(())
-    }
-
-    /// Log probabilities of prompt tokens, a tile of logits at a time.
-    fn score_prompts(&mut self, step: &mut InFlight) -> Result<(), KernelError> {
-        let mut first = 0;
-        while first < self.batch.prompt_tokens.len() {
-            let len = LOGITS_TILE.min(self.batch.prompt_tokens.len() - first);
-            let offset = self.batch.sampled.len() + first;
-            self.decoder.compute_logits(&mut self.backend, &self.tables.gather, offset, len)?;
-            self.scratch.clear_logprobs();
-            for (i, token) in self.batch.prompt_tokens[first..first + len].iter().enumerate() {
-                self.scratch.ask(i as u32, token.token_id, token.num_top);
+        match recorded {
+            Recorded::Graph(graph) => backend.replay(graph)?,
+            Recorded::Never | Recorded::Ran => {
+                model.decode(backend, size)?;
+                *recorded = Recorded::Ran;
             }
-            let mut scores = Vec::with_capacity(len);
-            self.compute_logprobs(|_, logprobs| scores.push(logprobs))?;
-            for (token, logprobs) in self.batch.prompt_tokens[first..first + len].iter().zip(scores) {
-                if logprobs.logprob.is_nan() || logprobs.top.iter().any(|(_, value)| value.is_nan()) {
-                    step.non_finite.push(token.sequence);
-                }
-                step.output.prompt_logprobs.push((token.sequence, token.position, logprobs));
-            }
-            first += len;
         }
-        Ok(())
-    }
-
-    /// Answers what [`Scratch::ask`] asked of the present tile, in order.
-    fn compute_logprobs(&mut self, mut answer: impl FnMut(usize, TokenLogprobs)) -> Result<(), KernelError> {
-        let scratch = &mut self.scratch;
-        // The most likely tokens come in order, so whoever asked for fewer takes the first of them.
-        let Some(num_top) = scratch.num_top.iter().copied().max() else { return Ok(()) };
-        let num_top = num_top.min(self.vocab_size);
-        self.backend.logprobs(Logprobs {
-            logits: self.decoder.logits(),
-            vocab_size: self.vocab_size,
-            rows: &scratch.logprobs_at,
-            num_top,
-            out_values: &mut self.tables.logprob_values,
-            out_ids: &mut self.tables.logprob_ids,
-        })?;
-        let width = 1 + num_top;
-        scratch.values.resize(scratch.logprobs_at.len() * width, 0.0);
-        scratch.ids.resize(scratch.logprobs_at.len() * width, 0);
-        self.backend.read_f32(&self.tables.logprob_values, 0, &mut scratch.values)?;
-        self.backend.read_u32(&self.tables.logprob_ids, 0, &mut scratch.ids)?;
-        let rows = scratch.values.chunks_exact(width).zip(scratch.ids.chunks_exact(width));
-        for (i, ((values, ids), &wanted)) in rows.zip(&scratch.num_top).enumerate() {
-            let top = ids[1..].iter().copied().zip(values[1..].iter().copied()).take(wanted).collect();
-            answer(i, TokenLogprobs { logprob: values[0], rank: ids[0], top });
-        }
-        Ok(())
+        model.score_chosen(backend, batch, 0..num_sampled, num_top)
     }
 }
 
@@ -366,7 +239,7 @@ impl Work {
 
 impl<B: Backend> ModelExecutor<B> {
     pub(crate) fn work(&self) -> Work {
-        let (config, size) = (self.decoder.config(), self.decoder.size());
+        let (config, size) = (self.model.decoder.config(), self.model.decoder.size());
         let output = (config.vocab_size * config.hidden_size) as u64;
         let embeddings = if config.tie_word_embeddings { output } else { 2 * output };
         let layers = size.num_parameters.saturating_sub(embeddings);
@@ -392,13 +265,13 @@ impl<B: Backend> ModelExecutor<B> {
         for admission in &plan.admitted {
             self.admit(admission)?;
         }
-        self.upload_block_tables()?;
+        self.model.tables.upload_block_tables(&mut self.backend, &self.batch)?;
         let mut output = StepOutput::new(plan.step_id);
         for sequence in &plan.sequences {
             let token: &[u32] = if sequence.samples { &[0] } else { &[] };
             let next = sequence.num_computed_tokens + sequence.num_scheduled_tokens;
-            let offset = sequence.row.0 as usize * self.shape.max_model_len + next as usize;
-            self.backend.write_u32(&mut self.tables.token_table, offset, token)?;
+            let offset = sequence.row.0 as usize * self.model.shape.max_model_len + next as usize;
+            self.backend.write_u32(&mut self.model.tables.token_table, offset, token)?;
             output.push_computed(sequence.num_scheduled_tokens, token);
         }
         Ok(output)
@@ -408,13 +281,13 @@ impl<B: Backend> ModelExecutor<B> {
 #[cfg(feature = "testing")]
 impl<B: Backend> ModelExecutor<B> {
     pub(crate) fn shape(&self) -> &TableShape {
-        &self.shape
+        &self.model.shape
     }
 
     /// Logits of all positions of a prompt, computed in row 0 and the first blocks by steps of at most `chunk_len`.
     pub(crate) fn prompt_logits(&mut self, prompt: &[u32], chunk_len: usize) -> Result<Vec<f32>, KernelError> {
         use quire_scheduler::{
-            BlockId, CacheSalt, Request, RequestId, RowId, SamplingParams, ScheduledSequence, TenantId,
+            BlockId, CacheSalt, Request, RequestId, RowId, SamplingParams, ScheduledSequence, StepId, TenantId,
         };
         let request = Request {
             id: RequestId(0),
@@ -431,13 +304,14 @@ impl<B: Backend> ModelExecutor<B> {
             stop_token_ids: Vec::new(),
             deadline: None,
         };
-        let mut logits = vec![0.0; prompt.len() * self.vocab_size];
+        let (shape, vocab_size) = (self.model.shape, self.model.vocab_size);
+        let mut logits = vec![0.0; prompt.len() * vocab_size];
         let mut first = 0;
         while first < prompt.len() {
             let len = chunk_len.min(prompt.len() - first);
-            let blocks = |len: usize| len.div_ceil(self.shape.block_size);
+            let blocks = |len: usize| len.div_ceil(shape.block_size);
             let new_blocks: Vec<BlockId> = (blocks(first)..blocks(first + len))
-                .flat_map(|block| vec![BlockId(block as u32); self.shape.num_kv_groups])
+                .flat_map(|block| vec![BlockId(block as u32); shape.num_kv_groups])
                 .collect();
             let admission = Admission {
                 row: RowId(0),
@@ -464,12 +338,14 @@ impl<B: Backend> ModelExecutor<B> {
                 self.admit(admission)?;
             }
             self.batch.gather.extend(0..len as u32);
-            self.forward()?;
-            for offset in (0..len).step_by(LOGITS_TILE) {
-                let num_rows = LOGITS_TILE.min(len - offset);
-                self.decoder.compute_logits(&mut self.backend, &self.tables.gather, offset, num_rows)?;
-                let rows = (first + offset) * self.vocab_size..(first + offset + num_rows) * self.vocab_size;
-                self.backend.read_f32(self.decoder.logits(), 0, &mut logits[rows])?;
+            let Self { backend, model, batch, .. } = self;
+            model.tables.upload(backend, batch)?;
+            model.forward(backend, batch.positions.len(), batch.rows.len())?;
+            for offset in (0..len).step_by(shape.logits_tile) {
+                let num_rows = shape.logits_tile.min(len - offset);
+                model.compute_logits(backend, offset, num_rows)?;
+                let rows = (first + offset) * vocab_size..(first + offset + num_rows) * vocab_size;
+                backend.read_f32(model.decoder.logits(), 0, &mut logits[rows])?;
             }
             first += len;
         }
@@ -479,45 +355,39 @@ impl<B: Backend> ModelExecutor<B> {
 
 impl<B: Backend> Executor for ModelExecutor<B> {
     fn launch(&mut self, plan: &StepPlan) -> Result<(), EngineError> {
-        assert!(self.in_flight.len() < MAX_IN_FLIGHT, "a step is collected before the one after the next is launched");
-        let mut step = self.spare.pop().unwrap_or_default();
-        step.reset(plan.step_id, self.next_part);
-        self.next_part = (self.next_part + 1) % MAX_IN_FLIGHT;
-        self.batch.build(plan);
-        step.sequences.extend(plan.sequences.iter().map(|s| (s.num_scheduled_tokens, s.samples)));
-        for admission in &plan.admitted {
-            self.admit(admission)?;
-        }
-        if !plan.sequences.is_empty() {
-            self.forward()?;
-            self.sample(&mut step)?;
-            self.score_prompts(&mut step)?;
-        }
+        let step = self.spare.pop().expect("a step is collected before the one after the next is launched");
+        // What fails ends the executor, and the step with it.
+        let step = self.launch_as(step, plan)?;
         self.in_flight.push_back(step);
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, EngineError> {
         let mut step = self.in_flight.pop_front().expect("a step is launched before it is collected");
+        let words = match step.num_sampled {
+            0 => &[],
+            _ => self.backend.finish_read(&mut step.readback)?,
+        };
+        let (tokens, logprobs) = words.split_at(step.num_sampled);
+        let mut logprobs = scores::of_chosen(logprobs, &step.wanted_logprobs, step.num_top);
         let mut output = std::mem::take(&mut step.output);
-        let tokens = &mut self.scratch.tokens;
-        tokens.resize(step.num_sampled, 0);
-        self.backend.read_u32(&self.tables.sampled, step.part * self.shape.max_num_seqs, tokens)?;
-        let mut sampled = tokens.iter().zip(step.logprobs.drain(..));
+        let mut sampled = (0_u32..).zip(tokens);
         for (index, &(num_scheduled_tokens, samples)) in step.sequences.iter().enumerate() {
             let token = if samples { Some(sampled.next().expect("one token for each")) } else { None };
             let is_finite = !step.non_finite.contains(&(index as u32));
+            // Taken from the list in any case.
+            let logprobs = token.and_then(|(index, _)| logprobs.next_if(|wanted| wanted.0 == index));
             match token {
                 _ if !is_finite => output.sequences.push(SequenceOutput::NonFinite),
-                Some((&NON_FINITE, _)) => output.sequences.push(SequenceOutput::NonFinite),
-                Some((&token, logprobs)) => {
+                Some((_, &NON_FINITE)) => output.sequences.push(SequenceOutput::NonFinite),
+                Some((_, &token)) => {
                     output.push_computed(num_scheduled_tokens, &[token]);
-                    output.logprobs.push(logprobs);
+                    output.logprobs.push(logprobs.map(|(_, logprobs)| logprobs));
                 }
                 None => output.push_computed(num_scheduled_tokens, &[]),
             }
         }
-        drop(sampled);
+        drop(logprobs);
         self.spare.push(step);
         Ok(output)
     }
@@ -529,49 +399,64 @@ impl<B: Backend> Executor for ModelExecutor<B> {
     }
 }
 
-impl InFlight {
-    fn reset(&mut self, step_id: StepId, part: usize) {
-        self.output.reset(step_id);
-        self.sequences.clear();
-        self.logprobs.clear();
-        self.non_finite.clear();
-        self.num_sampled = 0;
-        self.part = part;
+impl<B: Backend> ModelExecutor<B> {
+    fn launch_as(&mut self, mut step: InFlight<B>, plan: &StepPlan) -> Result<InFlight<B>, EngineError> {
+        self.batch.build(plan);
+        step.reset(plan, &self.batch);
+        for admission in &plan.admitted {
+            self.admit(admission)?;
+        }
+        if plan.sequences.is_empty() {
+            return Ok(step);
+        }
+        step.num_top = step.wanted_logprobs.iter().map(|wanted| wanted.num_top).max().unwrap_or(0) as usize;
+        step.num_top = step.num_top.min(self.model.vocab_size);
+        self.compute(step.num_top)?;
+        let Self { backend, model, batch, scores, .. } = self;
+        if step.num_sampled > 0 {
+            let len = step.wanted_logprobs.len() * (1 + step.num_top);
+            let tables = &model.tables;
+            let parts = [
+                (&tables.sampled, 0..step.num_sampled),
+                (&tables.logprob_values, 0..len),
+                (&tables.logprob_ids, 0..len),
+            ];
+            backend.start_read(&mut step.readback, &parts[..if len == 0 { 1 } else { 3 }])?;
+        }
+        let InFlight { output, non_finite, .. } = &mut step;
+        scores.score_prompts(backend, model, batch, |token, logprobs| {
+            if logprobs.logprob.is_nan() || logprobs.top.iter().any(|(_, value)| value.is_nan()) {
+                non_finite.push(token.sequence);
+            }
+            output.prompt_logprobs.push((token.sequence, token.position, logprobs));
+        })?;
+        Ok(step)
     }
 }
 
-impl Scratch {
-    fn clear_logprobs(&mut self) {
-        self.logprobs_at.clear();
-        self.num_top.clear();
-    }
-
-    fn ask(&mut self, logits_row: u32, token_id: u32, num_top: u32) {
-        self.logprobs_at.push(LogprobsAt { logits_row, token_id });
-        self.num_top.push(num_top.min(MAX_LOGPROBS) as usize);
-    }
-}
-
-impl<B: Backend> DeviceTables<B> {
-    fn alloc(backend: &mut B, shape: &TableShape) -> Result<Self, KernelError> {
-        let (seqs, tokens) = (shape.max_num_seqs, shape.max_num_batched_tokens);
-        let num_groups = shape.num_kv_groups;
-        let num_logprobs = LOGITS_TILE * (1 + MAX_LOGPROBS as usize);
-        let mut alloc = |len: usize| backend.alloc(DType::U32, len);
+impl<B: Backend> InFlight<B> {
+    fn new(backend: &mut B, shape: &TableShape) -> Result<Self, KernelError> {
+        let len = shape.max_num_seqs * (1 + 2 * (1 + MAX_LOGPROBS as usize));
         Ok(Self {
-            token_table: alloc(seqs * shape.max_model_len)?,
-            block_tables: (0..num_groups).map(|_| alloc(seqs * shape.max_num_blocks())).collect::<Result<_, _>>()?,
-            token_indices: alloc(tokens)?,
-            positions: alloc(tokens)?,
-            cu_seqlens: alloc(seqs + 1)?,
-            context_lens: alloc(seqs)?,
-            rows: alloc(seqs)?,
-            slot_mapping: (0..num_groups).map(|_| alloc(tokens)).collect::<Result<_, _>>()?,
-            gather: alloc(seqs + tokens)?,
-            sampled: alloc(MAX_IN_FLIGHT * seqs)?,
-            logprob_ids: alloc(num_logprobs)?,
-            logprob_values: backend.alloc(DType::F32, num_logprobs)?,
+            output: StepOutput::default(),
+            sequences: Vec::with_capacity(shape.max_num_seqs),
+            num_sampled: 0,
+            wanted_logprobs: Vec::with_capacity(shape.max_num_seqs),
+            num_top: 0,
+            non_finite: Vec::new(),
+            readback: backend.alloc_readback(len)?,
         })
+    }
+
+    fn reset(&mut self, plan: &StepPlan, batch: &InputBatch) {
+        self.output.reset(plan.step_id);
+        self.sequences.clear();
+        self.sequences.extend(plan.sequences.iter().map(|s| (s.num_scheduled_tokens, s.samples)));
+        self.num_sampled = batch.num_sampled;
+        self.wanted_logprobs.clear();
+        self.wanted_logprobs.extend_from_slice(&batch.wanted_logprobs);
+        self.num_top = 0;
+        self.non_finite.clear();
     }
 }
 

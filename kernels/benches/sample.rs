@@ -48,7 +48,10 @@ struct Case {
     logits: CpuBuffer,
     token_table: CpuBuffer,
     out: CpuBuffer,
-    rows: Vec<SampleAt>,
+    num_rows: usize,
+    rows: CpuBuffer,
+    logprob_rows: CpuBuffer,
+    tokens: CpuBuffer,
 }
 
 impl Case {
@@ -69,21 +72,39 @@ impl Case {
                 .expect("good parameters");
         }
         let out = backend.alloc(DType::U32, num_rows).expect("memory");
-        let rows = (0..num_rows as u32).map(|row| SampleAt { row, num_tokens: 2048 }).collect();
-        Self { sampler, logits, token_table, out, rows }
+        let mut words = |words: Vec<u32>| {
+            let mut buffer = backend.alloc(DType::U32, words.len()).expect("memory");
+            backend.write_u32(&mut buffer, 0, &words).expect("fits");
+            buffer
+        };
+        let rows = 0..num_rows as u32;
+        let sample_rows = rows.clone().flat_map(|row| SampleAt { row, num_tokens: 2048 }.words()).collect();
+        let logprob_rows = rows.flat_map(|logits_row| LogprobsAt { logits_row, token_index: 0 }.words()).collect();
+        let (rows, logprob_rows, tokens) = (words(sample_rows), words(logprob_rows), words(vec![7]));
+        Self { sampler, logits, token_table, out, num_rows, rows, logprob_rows, tokens }
     }
 
     fn run(&mut self, backend: &mut CpuBackend) {
-        let Self { sampler, logits, token_table, out, rows } = self;
-        backend.sample(Sample { sampler, logits, rows, token_table, out, out_offset: 0 }).expect("arguments fit");
+        let Self { sampler, logits, token_table, out, num_rows, rows, .. } = self;
+        let num_rows = *num_rows;
+        let args = Sample { sampler, logits, rows, rows_offset: 0, num_rows, token_table, out, out_offset: 0 };
+        backend.sample(args).expect("arguments fit");
     }
 
     fn run_logprobs(&self, backend: &mut CpuBackend, num_top: usize, out: &mut (CpuBuffer, CpuBuffer)) {
-        let rows: Vec<LogprobsAt> =
-            (0..self.rows.len() as u32).map(|row| LogprobsAt { logits_row: row, token_id: 7 }).collect();
         let (out_values, out_ids) = out;
-        let vocab_size = SHAPE.vocab_size;
-        let args = Logprobs { logits: &self.logits, vocab_size, rows: &rows, num_top, out_values, out_ids };
+        let args = Logprobs {
+            logits: &self.logits,
+            vocab_size: SHAPE.vocab_size,
+            rows: &self.logprob_rows,
+            rows_offset: 0,
+            num_rows: self.num_rows,
+            tokens: &self.tokens,
+            num_top,
+            out_values,
+            out_ids,
+            out_offset: 0,
+        };
         backend.logprobs(args).expect("arguments fit");
     }
 }

@@ -1,7 +1,10 @@
 //! The line between models and devices.
 
+use std::ops::Range;
+
 use crate::kv_layout::KvLayout;
 use crate::ops::linear::WeightShape;
+use crate::ops::rope_kv_write::AttentionShape;
 use crate::ops::{
     embed::Embed, gather_rows::GatherRows, linear::Linear, logprobs::Logprobs, paged_attention::PagedAttention,
     rms_norm::RmsNorm, rope_kv_write::RopeKvWrite, rope_table::RopeTable, sample::Sample, sample::SamplerRow,
@@ -86,6 +89,16 @@ pub struct DeviceInfo {
     pub num_units: usize,
 }
 
+/// The largest step that will be computed: what working memory is taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    pub num_tokens: usize,
+    pub num_seqs: usize,
+    /// Most tokens of a sequence.
+    pub context_len: usize,
+    pub shape: AttentionShape,
+}
+
 /// A device: buffers, copies, and one method per operation. Models are generic over it and never ask which it is.
 ///
 /// * Activations are `F32` buffers; weights are packed at load into whatever the device multiplies fastest.
@@ -93,7 +106,8 @@ pub struct DeviceInfo {
 /// * Every output element is computed by an order of operations that depends on shapes of weights and of the cache
 ///   only: never on how many rows or sequences are in the batch, on threads, or on neighbours. A row computed alone, in
 ///   a chunk or in a batch has the same bits.
-/// * Operations may be queued; `read_*` waits for all before it.
+/// * Operations may be queued; reading waits for all before it. What such a device finds wrong in the contents of buffers
+///   (an index past its table, say) is the error of the next reading, and the rows concerned hold anything.
 pub trait Backend: Send + Sized + 'static {
     /// Memory of a fixed length and [`DType`] on the device.
     type Buffer: Send;
@@ -103,6 +117,10 @@ pub trait Backend: Send + Sized + 'static {
     type Kv: Send;
     /// Per-row parameters of the sampler, kept on the device, and its working memory.
     type Sampler: Send;
+    /// Memory of the host that results come back to while later operations run.
+    type Readback: Send;
+    /// Operations that were recorded, see [`Backend::capture`].
+    type Graph: Send;
 
     /// What this device is.
     fn info(&self) -> DeviceInfo;
@@ -117,6 +135,37 @@ pub trait Backend: Send + Sized + 'static {
     fn read_f32(&mut self, buffer: &Self::Buffer, offset: usize, out: &mut [f32]) -> Result<(), KernelError>;
     /// Copies `buffer[offset..]` to all of `out`, after everything queued before.
     fn read_u32(&mut self, buffer: &Self::Buffer, offset: usize, out: &mut [u32]) -> Result<(), KernelError>;
+
+    /// Room for so many numbers of 4 bytes.
+    fn alloc_readback(&mut self, len: usize) -> Result<Self::Readback, KernelError>;
+    /// Copies parts of buffers of `F32` or `U32` to the host, one after the other, after everything queued before; what is
+    /// queued afterwards does not delay it.
+    fn start_read(
+        &mut self,
+        readback: &mut Self::Readback,
+        parts: &[(&Self::Buffer, Range<usize>)],
+    ) -> Result<(), KernelError>;
+    /// Waits for the last [`Backend::start_read`] to `readback`, and for nothing behind it. Its numbers as they lie in
+    /// memory: those of `F32` as their bits.
+    fn finish_read<'a>(&mut self, readback: &'a mut Self::Readback) -> Result<&'a [u32], KernelError>;
+
+    /// Records the operations that `operations` calls instead of running them: sizes and buffers are what they are now, the
+    /// contents of buffers what they will be at each [`Backend::replay`]. They were run once before, with the same sizes;
+    /// nothing is written, read or allocated among them. `None`, and nothing is called, where a replay saves no time.
+    fn capture(
+        &mut self,
+        operations: impl FnOnce(&mut Self) -> Result<(), KernelError>,
+    ) -> Result<Option<Self::Graph>, KernelError>;
+    /// Runs what was recorded.
+    fn replay(&mut self, graph: &Self::Graph) -> Result<(), KernelError>;
+    /// Whether [`Backend::capture`] records.
+    fn can_capture(&self) -> bool;
+
+    /// Takes the working memory of steps of at most this size, once all weights are packed. Without it operations take what
+    /// they need when they first need it.
+    fn reserve(&mut self, limits: &StepLimits) -> Result<(), KernelError>;
+    /// Rows of logits that are worth computing at a time.
+    fn logits_tile(&self) -> usize;
 
     /// Packs a matrix for [`Backend::linear`] and [`Backend::embed`].
     fn pack_weight(&mut self, source: &WeightSource<'_>) -> Result<Self::Weight, KernelError>;

@@ -2,31 +2,55 @@
 
 use quire_kernels::cpu::CpuBackend;
 use quire_kernels::ops::logprobs::{Logprobs, LogprobsAt, reference};
+use quire_kernels::ops::sample::NON_FINITE;
 use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends};
 use quire_kernels::{Backend, DType, KernelError};
 
 /// The sum of up to 152k exponentials is off by 4e-7 of itself, so its logarithm by that; the result is rounded once.
 const TOLERANCE: Tolerance = Tolerance { abs: 5e-7, rel: 1e-7 };
 
+/// Rows of logits and the tokens asked about.
 fn logprobs(
     backend: &mut CpuBackend,
     logits: &[f32],
     vocab_size: usize,
-    rows: &[LogprobsAt],
+    rows: &[(u32, u32)],
     num_top: usize,
 ) -> (Vec<f32>, Vec<u32>) {
-    let len = rows.len() * (1 + num_top);
+    // One entry before those of the batch, and its room in the results.
+    let first = 1 + num_top;
+    let len = (1 + rows.len()) * (1 + num_top);
+    let mut at = vec![u32::MAX; 2];
+    for (index, &(logits_row, _)) in rows.iter().enumerate() {
+        at.extend(LogprobsAt { logits_row, token_index: (rows.len() - 1 - index) as u32 }.words());
+    }
+    let tokens: Vec<u32> = rows.iter().rev().map(|&(_, token_id)| token_id).collect();
+    let mut at_buffer = backend.alloc(DType::U32, at.len()).expect("room");
+    backend.write_u32(&mut at_buffer, 0, &at).expect("it fits");
+    let mut token_buffer = backend.alloc(DType::U32, tokens.len()).expect("room");
+    backend.write_u32(&mut token_buffer, 0, &tokens).expect("it fits");
     let mut buffer = backend.alloc(DType::F32, logits.len()).expect("room");
     backend.write_f32(&mut buffer, 0, logits).expect("it fits");
     let mut out_values = backend.alloc(DType::F32, len).expect("room");
     let mut out_ids = backend.alloc(DType::U32, len).expect("room");
-    let args =
-        Logprobs { logits: &buffer, vocab_size, rows, num_top, out_values: &mut out_values, out_ids: &mut out_ids };
+    let args = Logprobs {
+        logits: &buffer,
+        vocab_size,
+        rows: &at_buffer,
+        rows_offset: 1,
+        num_rows: rows.len(),
+        tokens: &token_buffer,
+        num_top,
+        out_values: &mut out_values,
+        out_ids: &mut out_ids,
+        out_offset: 1,
+    };
     backend.logprobs(args).expect("shapes fit");
     let (mut values, mut ids) = (vec![0.0; len], vec![0; len]);
     backend.read_f32(&out_values, 0, &mut values).expect("it fits");
     backend.read_u32(&out_ids, 0, &mut ids).expect("it fits");
-    (values, ids)
+    assert!(values[..first].iter().all(|&x| x == 0.0) && ids[..first].iter().all(|&id| id == 0), "nobody's room");
+    (values.split_off(first), ids.split_off(first))
 }
 
 #[test]
@@ -45,13 +69,13 @@ fn close_to_the_reference_with_exact_ranks() {
             let mut rows = Vec::new();
             for logits_row in [1, 0] {
                 for _ in 0..3 {
-                    rows.push(LogprobsAt { logits_row, token_id: rng.below(vocab_size) as u32 });
+                    rows.push((logits_row, rng.below(vocab_size) as u32));
                 }
             }
             let (mut expected_values, mut expected_ids) = (Vec::new(), Vec::new());
-            for row in &rows {
-                let logits = &logits[row.logits_row as usize * vocab_size..][..vocab_size];
-                let (value, rank, top) = reference::logprobs(logits, row.token_id, num_top);
+            for &(logits_row, token_id) in &rows {
+                let logits = &logits[logits_row as usize * vocab_size..][..vocab_size];
+                let (value, rank, top) = reference::logprobs(logits, token_id, num_top);
                 expected_values.push(value);
                 expected_ids.push(rank);
                 expected_values.extend(top.iter().map(|&(_, value)| value));
@@ -71,12 +95,11 @@ fn a_row_has_the_same_bits_in_any_batch() {
     let mut rng = Rng::new(2);
     let (vocab_size, num_rows) = (3001, 9);
     let logits = rng.outliers(num_rows * vocab_size);
-    let rows: Vec<LogprobsAt> = (0..num_rows as u32).map(|row| LogprobsAt { logits_row: row, token_id: row }).collect();
+    let rows: Vec<(u32, u32)> = (0..num_rows as u32).map(|row| (row, row)).collect();
     for backends in cpu_backends(&[1, 2, 3]).chunks_mut(3) {
         let mut alone = (Vec::new(), Vec::new());
         for (row, logits) in logits.chunks(vocab_size).enumerate() {
-            let at = [LogprobsAt { logits_row: 0, token_id: row as u32 }];
-            let (values, ids) = logprobs(&mut backends[0], logits, vocab_size, &at, 7);
+            let (values, ids) = logprobs(&mut backends[0], logits, vocab_size, &[(0, row as u32)], 7);
             alone.0.extend(values);
             alone.1.extend(ids);
         }
@@ -91,8 +114,10 @@ fn rows_that_are_not_finite_end_without_harm() {
     for mut backend in cpu_backends(&[1]) {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for logits in [vec![bad; 40], [vec![1.0; 39], vec![bad]].concat()] {
-                let at = [LogprobsAt { logits_row: 0, token_id: 39 }];
-                let (_, ids) = logprobs(&mut backend, &logits, 40, &at, 40);
+                let (values, ids) = logprobs(&mut backend, &logits, 40, &[(0, NON_FINITE)], 40);
+                assert!(values[0].is_nan() && ids[0] == 0, "no token was chosen there");
+                let (_, of_token) = logprobs(&mut backend, &logits, 40, &[(0, 39)], 40);
+                assert_eq!(of_token[1..], ids[1..]);
                 let mut top = ids[1..].to_vec();
                 top.sort_unstable();
                 assert!(top.iter().copied().eq(0..40), "{ids:?}");
@@ -107,21 +132,30 @@ fn what_does_not_fit_is_named() {
     let logits = backend.alloc(DType::F32, 2 * 10).expect("room");
     let mut out_values = backend.alloc(DType::F32, 4).expect("room");
     let mut out_ids = backend.alloc(DType::U32, 4).expect("room");
-    let mut refused = |logits_row, token_id, num_top| {
-        let rows = [LogprobsAt { logits_row, token_id }];
+    let mut rows = backend.alloc(DType::U32, 2).expect("room");
+    let mut tokens = backend.alloc(DType::U32, 2).expect("room");
+    backend.write_u32(&mut tokens, 0, &[9, 10]).expect("it fits");
+    let mut refused = |logits_row, token_index, num_top, rows_offset| {
+        backend.write_u32(&mut rows, 0, &LogprobsAt { logits_row, token_index }.words()).expect("it fits");
         let args = Logprobs {
             logits: &logits,
             vocab_size: 10,
             rows: &rows,
+            rows_offset,
+            num_rows: 1,
+            tokens: &tokens,
             num_top,
             out_values: &mut out_values,
             out_ids: &mut out_ids,
+            out_offset: 0,
         };
         backend.logprobs(args).expect_err("refused")
     };
     let op = "logprobs";
-    assert_eq!(refused(2, 0, 1), KernelError::Range { op, argument: "logits_row", value: 2, limit: 2 });
-    assert_eq!(refused(1, 10, 1), KernelError::Range { op, argument: "token_id", value: 10, limit: 10 });
-    assert_eq!(refused(1, 9, 11), KernelError::Range { op, argument: "num_top", value: 11, limit: 11 });
-    assert_eq!(refused(1, 9, 4), KernelError::Shape { op, argument: "out_values", expected: 5, found: 4 });
+    assert_eq!(refused(2, 0, 1, 0), KernelError::Range { op, argument: "logits_row", value: 2, limit: 2 });
+    assert_eq!(refused(1, 1, 1, 0), KernelError::Range { op, argument: "tokens", value: 10, limit: 10 });
+    assert_eq!(refused(1, 2, 1, 0), KernelError::Range { op, argument: "token_index", value: 2, limit: 2 });
+    assert_eq!(refused(1, 0, 1, 1), KernelError::Shape { op, argument: "rows", expected: 4, found: 2 });
+    assert_eq!(refused(1, 0, 11, 0), KernelError::Range { op, argument: "num_top", value: 11, limit: 11 });
+    assert_eq!(refused(1, 0, 4, 0), KernelError::Shape { op, argument: "out_values", expected: 5, found: 4 });
 }

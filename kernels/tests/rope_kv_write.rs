@@ -3,7 +3,7 @@
 use half::bf16;
 use quire_kernels::cpu::{CpuBackend, CpuKv};
 use quire_kernels::kv_layout::KvPlace;
-use quire_kernels::ops::rope_kv_write::{AttentionShape, QkNorm, RopeKvWrite, reference};
+use quire_kernels::ops::rope_kv_write::{AttentionShape, NO_SLOT, QkNorm, RopeKvWrite, reference};
 use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends, read_kv};
 use quire_kernels::{Backend, DType, KernelError, KvLayout};
 
@@ -228,6 +228,29 @@ fn a_token_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
             assert_eq!(qkv, part(&all.0, case.shape.qkv_len()));
             // Zero is what nobody wrote.
             assert!(cache.iter().zip(&all.1).all(|(alone, all)| *alone == 0.0 || alone == all));
+        }
+    }
+}
+
+#[test]
+fn a_token_without_a_slot_turns_its_queries_and_leaves_the_cache_alone() {
+    let mut rng = Rng::new(4);
+    for case in cases() {
+        let inputs = case.inputs(&mut rng);
+        for mut backend in cpu_backends(&[2]) {
+            let (qkv, cache) = case.run(&mut backend, &inputs);
+            assert!(cache.iter().any(|&x| x != 0.0));
+            let nowhere = Inputs {
+                layout: inputs.layout,
+                qkv: inputs.qkv.clone(),
+                cos_sin: inputs.cos_sin.clone(),
+                slots: vec![NO_SLOT; case.num_tokens],
+                q_weight: inputs.q_weight.clone(),
+                k_weight: inputs.k_weight.clone(),
+            };
+            let (same_qkv, cache) = case.run(&mut backend, &nowhere);
+            assert_eq!(same_qkv, qkv);
+            assert!(cache.iter().all(|&x| x == 0.0));
         }
     }
 }

@@ -39,7 +39,7 @@ fn sample(backend: &mut CpuBackend, rows: &[Row<'_>]) -> (Vec<u32>, Vec<u32>) {
     let shape =
         SamplerShape { max_num_seqs: rows.len(), max_model_len: MAX_MODEL_LEN, vocab_size: rows[0].logits.len() };
     let mut sampler = backend.alloc_sampler(&shape).expect("room");
-    let mut logits = backend.alloc(DType::F32, rows.len() * shape.vocab_size).expect("room");
+    let mut logits = backend.alloc(DType::F32, (rows.len() + 1) * shape.vocab_size).expect("room");
     let mut token_table = backend.alloc(DType::U32, rows.len() * MAX_MODEL_LEN).expect("room");
     let mut places = Vec::new();
     for (index, row) in rows.iter().enumerate() {
@@ -47,13 +47,20 @@ fn sample(backend: &mut CpuBackend, rows: &[Row<'_>]) -> (Vec<u32>, Vec<u32>) {
         backend.write_f32(&mut logits, index * shape.vocab_size, row.logits).expect("it fits");
         backend.write_u32(&mut token_table, place * MAX_MODEL_LEN, row.tokens).expect("it fits");
         backend.set_sampler_row(&mut sampler, place as u32, &row.params).expect("good parameters");
-        places.push(SampleAt { row: place as u32, num_tokens: row.tokens.len() as u32 });
+        places.extend(SampleAt { row: place as u32, num_tokens: row.tokens.len() as u32 }.words());
     }
-    let mut out = backend.alloc(DType::U32, 1 + rows.len()).expect("room");
+    // One entry before those of the batch, and one that fills it up.
+    let mut at = backend.alloc(DType::U32, places.len() + 4).expect("room");
+    backend.write_u32(&mut at, 0, &SampleAt { row: 0, num_tokens: 0 }.words()).expect("it fits");
+    backend.write_u32(&mut at, 2, &places).expect("it fits");
+    backend.write_u32(&mut at, 2 + places.len(), &SampleAt::NOBODY.words()).expect("it fits");
+    let mut out = backend.alloc(DType::U32, 2 + rows.len()).expect("room");
     let args = Sample {
         sampler: &mut sampler,
         logits: &logits,
-        rows: &places,
+        rows: &at,
+        rows_offset: 1,
+        num_rows: rows.len() + 1,
         token_table: &mut token_table,
         out: &mut out,
         out_offset: 1,
@@ -61,6 +68,10 @@ fn sample(backend: &mut CpuBackend, rows: &[Row<'_>]) -> (Vec<u32>, Vec<u32>) {
     backend.sample(args).expect("shapes fit");
     let mut tokens = vec![0; rows.len()];
     backend.read_u32(&out, 1, &mut tokens).expect("it fits");
+    let mut around = [0; 2];
+    backend.read_u32(&out, 0, &mut around[..1]).expect("it fits");
+    backend.read_u32(&out, 1 + rows.len(), &mut around[1..]).expect("it fits");
+    assert_eq!(around, [0; 2], "nobody's room");
     let mut table = vec![0; rows.len() * MAX_MODEL_LEN];
     backend.read_u32(&token_table, 0, &mut table).expect("it fits");
     (tokens, table)
@@ -382,12 +393,16 @@ fn bad_parameters_are_named_and_change_nothing() {
     let logits = backend.alloc(DType::F32, 2 * 33).expect("room");
     let mut token_table = backend.alloc(DType::U32, 16).expect("room");
     let mut out = backend.alloc(DType::U32, 2).expect("room");
-    let mut refused = |row, num_tokens, out_offset| {
-        let rows = [SampleAt { row: 0, num_tokens: 1 }, SampleAt { row, num_tokens }];
+    let mut rows = backend.alloc(DType::U32, 4).expect("room");
+    let mut refused = |row, num_tokens, rows_offset, out_offset| {
+        let at = [SampleAt { row: 0, num_tokens: 1 }, SampleAt { row, num_tokens }];
+        backend.write_u32(&mut rows, 0, at.map(SampleAt::words).as_flattened()).expect("it fits");
         let args = Sample {
             sampler: &mut sampler,
             logits: &logits,
             rows: &rows,
+            rows_offset,
+            num_rows: 2,
             token_table: &mut token_table,
             out: &mut out,
             out_offset,
@@ -395,9 +410,11 @@ fn bad_parameters_are_named_and_change_nothing() {
         backend.sample(args).expect_err("refused")
     };
     let range = |argument, value, limit| KernelError::Range { op: "sample", argument, value, limit };
-    assert_eq!(refused(2, 1, 0), range("row", 2, 2));
-    assert_eq!(refused(1, 9, 0), range("num_tokens", 9, 9));
-    assert_eq!(refused(1, 8, 1), KernelError::Shape { op: "sample", argument: "out", expected: 3, found: 2 });
+    assert_eq!(refused(2, 1, 0, 0), range("row", 2, 2));
+    assert_eq!(refused(1, 9, 0, 0), range("num_tokens", 9, 9));
+    let shape_error = |argument, expected, found| KernelError::Shape { op: "sample", argument, expected, found };
+    assert_eq!(refused(1, 8, 0, 1), shape_error("out", 3, 2));
+    assert_eq!(refused(1, 8, 1, 0), shape_error("rows", 6, 4));
     let mut table = [0; 16];
     backend.read_u32(&token_table, 0, &mut table).expect("it fits");
     assert_eq!(table, [0; 16]);

@@ -18,9 +18,6 @@ use crate::config::QuantizeChoice;
 use crate::error::EngineError;
 use crate::weights::{Tensor, Weights};
 
-/// Most rows whose logits exist at a time: the logits of a long prompt would be larger than the model.
-pub(crate) const LOGITS_TILE: usize = 64;
-
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 const LM_HEAD: &str = "lm_head.weight";
@@ -99,7 +96,8 @@ struct Projection<B: Backend> {
     bias: Option<B::Buffer>,
 }
 
-/// Activations, `[max_num_tokens, width]` each; the last three `[LOGITS_TILE, width]`.
+/// Activations, `[max_num_tokens, width]` each; the last three `[logits_tile, width]`: the logits of a long
+/// prompt would be larger than the model.
 struct Buffers<B: Backend> {
     hidden: B::Buffer,
     normed: B::Buffer,
@@ -153,7 +151,7 @@ impl<B: Backend> Decoder<B> {
         self.size
     }
 
-    /// The logits of the last [`Decoder::compute_logits`], `[LOGITS_TILE, vocab_size]`.
+    /// The logits of the last [`Decoder::compute_logits`], `[logits_tile, vocab_size]`.
     pub(crate) fn logits(&self) -> &B::Buffer {
         &self.buffers.logits
     }
@@ -222,7 +220,7 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Logits of the tokens of the last step at `indices[offset..offset + num_rows]`; at most [`LOGITS_TILE`] rows.
+    /// Logits of the tokens of the last step at `indices[offset..offset + num_rows]`; at most [`Backend::logits_tile`] rows.
     pub(crate) fn compute_logits(
         &mut self,
         backend: &mut B,
@@ -262,7 +260,7 @@ impl<B: Backend> Projection<B> {
 impl<B: Backend> Buffers<B> {
     fn alloc(backend: &mut B, config: &ModelConfig, max_num_tokens: usize) -> Result<Self, KernelError> {
         let shape = config.attention_shape();
-        let tile = LOGITS_TILE;
+        let tile = backend.logits_tile();
         let mut alloc = |rows: usize, width: usize| backend.alloc(DType::F32, rows * width);
         Ok(Self {
             hidden: alloc(max_num_tokens, config.hidden_size)?,

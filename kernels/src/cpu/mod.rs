@@ -12,6 +12,9 @@ pub use buffer::{CpuBuffer, CpuKv};
 pub use isa::Isa;
 pub use thread_pool::ThreadPool;
 
+use std::convert::Infallible;
+use std::ops::Range;
+
 use self::buffer::Arena;
 use crate::backend::Backend;
 use crate::ops::{
@@ -25,7 +28,7 @@ use crate::ops::{
     rope_table::{self, RopeTable},
     sample::{self, Sample, SamplerRow, SamplerShape},
 };
-use crate::{DType, DeviceInfo, KernelError, KvLayout, WeightSource};
+use crate::{DType, DeviceInfo, KernelError, KvLayout, StepLimits, WeightSource};
 
 /// How to use the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +46,13 @@ pub struct CpuBackend {
     pub(crate) weights: Arena,
     pub(crate) linear_workspace: linear::cpu::Workspace,
     pub(crate) attention_workspace: paged_attention::cpu::Workspace,
+}
+
+/// Results that were copied when they were asked for: nothing runs later here.
+pub struct CpuReadback {
+    words: Vec<u32>,
+    /// How many of them were copied last.
+    len: usize,
 }
 
 impl CpuBackend {
@@ -74,6 +84,9 @@ impl Backend for CpuBackend {
     type Weight = linear::cpu::CpuWeight;
     type Kv = CpuKv;
     type Sampler = sample::cpu::CpuSampler;
+    type Readback = CpuReadback;
+    /// Calls cost next to nothing here.
+    type Graph = Infallible;
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo { kind: "cpu", name: cpu_name(), isa: self.isa.name().to_owned(), num_units: self.num_threads() }
@@ -101,6 +114,62 @@ impl Backend for CpuBackend {
     fn read_u32(&mut self, buffer: &CpuBuffer, offset: usize, out: &mut [u32]) -> Result<(), KernelError> {
         out.copy_from_slice(part("read_u32", buffer.u32("read_u32", "buffer")?, offset, out.len())?);
         Ok(())
+    }
+
+    fn alloc_readback(&mut self, len: usize) -> Result<CpuReadback, KernelError> {
+        Ok(CpuReadback { words: vec![0; len], len: 0 })
+    }
+
+    fn start_read(
+        &mut self,
+        readback: &mut CpuReadback,
+        parts: &[(&CpuBuffer, Range<usize>)],
+    ) -> Result<(), KernelError> {
+        const OP: &str = "start_read";
+        readback.len = 0;
+        for (buffer, range) in parts {
+            let (start, len) = (range.start, range.len());
+            check_room(OP, buffer.len(), start, len)?;
+            check_room(OP, readback.words.len(), readback.len, len)?;
+            let to = &mut readback.words[readback.len..][..len];
+            match buffer.dtype() {
+                DType::F32 => {
+                    let from = &buffer.f32(OP, "buffer")?[start..][..len];
+                    to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_bits());
+                }
+                _ => to.copy_from_slice(&buffer.u32(OP, "buffer")?[start..][..len]),
+            }
+            readback.len += len;
+        }
+        Ok(())
+    }
+
+    fn finish_read<'a>(&mut self, readback: &'a mut CpuReadback) -> Result<&'a [u32], KernelError> {
+        Ok(&readback.words[..readback.len])
+    }
+
+    fn capture(
+        &mut self,
+        _operations: impl FnOnce(&mut Self) -> Result<(), KernelError>,
+    ) -> Result<Option<Infallible>, KernelError> {
+        Ok(None)
+    }
+
+    fn replay(&mut self, graph: &Infallible) -> Result<(), KernelError> {
+        match *graph {}
+    }
+
+    fn can_capture(&self) -> bool {
+        false
+    }
+
+    /// The threads have what they need.
+    fn reserve(&mut self, _limits: &StepLimits) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn logits_tile(&self) -> usize {
+        64
     }
 
     fn pack_weight(&mut self, source: &WeightSource<'_>) -> Result<Self::Weight, KernelError> {

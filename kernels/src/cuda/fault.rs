@@ -20,14 +20,15 @@ pub enum Fault {
     SampleRow,
     SampleNumTokens,
     LogprobsLogitsRow,
-    LogprobsToken,
+    LogprobsTokenIndex,
+    LogprobsTokens,
 }
 
 /// Bytes of a record.
 pub const RECORD_BYTES: usize = 16;
 
 /// In the order of their records: operation and argument.
-const FAULTS: [(Fault, &str, &str); 11] = [
+const FAULTS: [(Fault, &str, &str); 12] = [
     (Fault::EmbedTokenIndices, "embed", "token_indices"),
     (Fault::EmbedTokenTable, "embed", "token_table"),
     (Fault::GatherRowsIndices, "gather_rows", "indices"),
@@ -38,7 +39,8 @@ const FAULTS: [(Fault, &str, &str); 11] = [
     (Fault::SampleRow, "sample", "row"),
     (Fault::SampleNumTokens, "sample", "num_tokens"),
     (Fault::LogprobsLogitsRow, "logprobs", "logits_row"),
-    (Fault::LogprobsToken, "logprobs", "token_id"),
+    (Fault::LogprobsTokenIndex, "logprobs", "token_index"),
+    (Fault::LogprobsTokens, "logprobs", "tokens"),
 ];
 
 /// Bytes of all records.

@@ -10,29 +10,37 @@ use crate::cpu::thread_pool::SharedMut;
 pub(crate) fn logprobs(backend: &mut CpuBackend, args: Logprobs<'_, CpuBackend>) -> Result<(), KernelError> {
     const OP: &str = Logprobs::<CpuBackend>::OP;
     let (out_values, out_ids) = (args.out_values.len(), args.out_ids.len());
-    args.check(Lens { logits: args.logits.len(), out_values, out_ids })?;
-    let Logprobs { vocab_size, rows, num_top, .. } = args;
+    args.check(Lens { rows: args.rows.len(), out_values, out_ids })?;
+    let Logprobs { vocab_size, rows_offset, num_rows, num_top, out_offset, .. } = args;
     let logits = args.logits.f32(OP, "logits")?;
+    let rows = &args.rows.u32(OP, "rows")?.as_chunks::<2>().0[rows_offset..rows_offset + num_rows];
+    let tokens = args.tokens.u32(OP, "tokens")?;
+    let check = |words| Logprobs::<CpuBackend>::check_row(words, logits.len() / vocab_size, tokens, vocab_size);
+    for &words in rows {
+        check(words)?;
+    }
     let out_len = 1 + num_top;
-    let out_values = SharedMut::new(args.out_values.f32_mut(OP, "out_values")?);
-    let out_ids = SharedMut::new(args.out_ids.u32_mut(OP, "out_ids")?);
+    let out = out_offset * out_len..(out_offset + num_rows) * out_len;
+    let out_values = SharedMut::new(&mut args.out_values.f32_mut(OP, "out_values")?[out.clone()]);
+    let out_ids = SharedMut::new(&mut args.out_ids.u32_mut(OP, "out_ids")?[out]);
     let isa = backend.isa;
-    backend.pool.run_units(rows.len(), &|_, index| {
-        let at = rows[index];
-        let logits = &logits[at.logits_row as usize * vocab_size..][..vocab_size];
+    backend.pool.run_units(num_rows, &|_, index| {
+        let words = rows[index];
+        let token_id = check(words).expect("all rows were looked at");
+        let logits = &logits[words[0] as usize * vocab_size..][..vocab_size];
         // SAFETY: a unit is done once, and has its own part of the results.
         let (values, ids) = unsafe {
             let range = index * out_len..(index + 1) * out_len;
             (out_values.slice_mut(range.clone()), out_ids.slice_mut(range))
         };
-        vectorize(isa, Row { logits, token_id: at.token_id as usize, values, ids });
+        vectorize(isa, Row { logits, token_id: token_id.map(|id| id as usize), values, ids });
     });
     Ok(())
 }
 
 struct Row<'a> {
     logits: &'a [f32],
-    token_id: usize,
+    token_id: Option<usize>,
     /// `[1 + num_top]`
     values: &'a mut [f32],
     ids: &'a mut [u32],
@@ -51,9 +59,13 @@ impl Vectorized for Row<'_> {
         let log_total = total.ln();
         let log_softmax = |x: f32| ((f64::from(x) - f64::from(max)) - log_total) as f32;
 
-        let chosen = logits[token_id];
-        values[0] = log_softmax(chosen);
-        ids[0] = 1 + count_before(simd, logits, token_id, chosen);
+        (values[0], ids[0]) = match token_id {
+            Some(token_id) => {
+                let chosen = logits[token_id];
+                (log_softmax(chosen), 1 + count_before(simd, logits, token_id, chosen))
+            }
+            None => (f32::NAN, 0),
+        };
 
         let (top_values, top_ids) = (&mut values[1..], &mut ids[1..]);
         if !top_ids.is_empty() {

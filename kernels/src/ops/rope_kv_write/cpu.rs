@@ -1,11 +1,11 @@
 use std::sync::atomic::{AtomicI8, AtomicU16, AtomicU32, Ordering};
 
-use super::{Lens, RopeKvWrite};
+use super::{Lens, NO_SLOT, RopeKvWrite};
 use crate::cpu::lanes::{Lanes, Vectorized, bf16_bits, vectorize};
 use crate::cpu::thread_pool::SharedMut;
 use crate::cpu::{CpuBackend, CpuKv};
 use crate::kv_layout::{KvPlace, KvToken, MAX_HEAD_DIM, quantize};
-use crate::ops::all_below;
+use crate::ops::below;
 use crate::ops::rms_norm::cpu::normalize;
 use crate::{DType, KernelError};
 
@@ -28,7 +28,9 @@ pub(crate) fn rope_kv_write(backend: &mut CpuBackend, args: RopeKvWrite<'_, CpuB
     let (qkv_len, head_dim, group_len) = (shape.qkv_len(), shape.head_dim, shape.group_len());
     let cos_sin = args.cos_sin.f32(OP, "cos_sin")?;
     let slots = &args.slot_mapping.u32(OP, "slot_mapping")?[..num_tokens];
-    all_below(OP, "slot_mapping", slots, layout.num_slots())?;
+    for &slot in slots.iter().filter(|&&slot| slot != NO_SLOT) {
+        below(OP, "slot_mapping", slot, layout.num_slots())?;
+    }
     let norm = match &args.qk_norm {
         Some(norm) => {
             let q_weight = &norm.q_weight.f32(OP, "q_weight")?[..head_dim];
@@ -51,8 +53,11 @@ pub(crate) fn rope_kv_write(backend: &mut CpuBackend, args: RopeKvWrite<'_, CpuB
             let q_start = row + kv_head * group_len * head_dim;
             let k_start = row + shape.q_len() + kv_head * head_dim;
             let v_start = k_start + shape.num_kv_heads * head_dim;
-            let slot = slots[token] as usize;
-            let (block, offset) = (slot / layout.block_size, slot % layout.block_size);
+            let at = (slots[token] != NO_SLOT).then(|| {
+                let slot = slots[token] as usize;
+                let (block, offset) = (slot / layout.block_size, slot % layout.block_size);
+                layout.token(KvPlace { layer, block, kv_head, offset })
+            });
             // SAFETY: an item is in one thread's range, and queries, keys and values of different items are different
             // parts of the rows.
             let (q, k, v) = unsafe {
@@ -63,7 +68,6 @@ pub(crate) fn rope_kv_write(backend: &mut CpuBackend, args: RopeKvWrite<'_, CpuB
                 )
             };
             let cos_sin = &cos_sin[token * head_dim..][..head_dim];
-            let at = layout.token(KvPlace { layer, block, kv_head, offset });
             vectorize(isa, Item { q, k, v, cos_sin, norm, cache: &cache, at });
         }
     });
@@ -148,7 +152,8 @@ struct Item<'a> {
     cos_sin: &'a [f32],
     norm: Option<Norm<'a>>,
     cache: &'a Cache<'a>,
-    at: KvToken,
+    /// `None` of a token that has no slot.
+    at: Option<KvToken>,
 }
 
 impl Vectorized for Item<'_> {
@@ -162,6 +167,7 @@ impl Vectorized for Item<'_> {
             }
             rotate(q, self.cos_sin);
         }
+        let Some(at) = self.at else { return };
         let mut k = [0.0; MAX_HEAD_DIM];
         let k = &mut k[..head_dim];
         k.copy_from_slice(self.k);
@@ -169,7 +175,7 @@ impl Vectorized for Item<'_> {
             normalize(simd, k, norm.k_weight, norm.eps);
         }
         rotate(k, self.cos_sin);
-        self.cache.write(self.at, k, self.v);
+        self.cache.write(at, k, self.v);
     }
 }
 

@@ -8,6 +8,9 @@ use crate::kv_layout::MAX_HEAD_DIM;
 use crate::ops::{at_least, below};
 use crate::{Backend, KernelError, KvLayout};
 
+/// The slot of a token that fills up a batch: its K and V are written nowhere.
+pub const NO_SLOT: u32 = u32::MAX;
+
 /// Heads of an attention layer. `num_heads` is a multiple of `num_kv_heads`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionShape {
@@ -45,7 +48,7 @@ pub struct QkNorm<'a, B: Backend> {
 /// * `cos_sin`      `F32`, `[num_tokens, head_dim / 2, 2]`, see [`crate::ops::rope_table::RopeTable`]; dimension i turns with
 ///   i + head_dim / 2
 /// * `slot_mapping` `U32`, `[num_tokens]`: `block_id * block_size + offset` of each token, all different (of two tokens
-///   with one slot, either's numbers may stay)
+///   with one slot, either's numbers may stay); [`NO_SLOT`] where K and V are written nowhere
 ///
 /// Keys and values in `qkv` are left as they are. Rounding is to nearest, half to even.
 /// Fails with `KernelError::Range` where a slot is past the cache, before anything is written.

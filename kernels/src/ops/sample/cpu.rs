@@ -159,9 +159,20 @@ pub(crate) fn set_sampler_row(
 pub(crate) fn sample(backend: &mut CpuBackend, args: Sample<'_, CpuBackend>) -> Result<(), KernelError> {
     const OP: &str = Sample::<CpuBackend>::OP;
     let shape = args.sampler.shape;
-    let lens = Lens { logits: args.logits.len(), token_table: args.token_table.len(), out: args.out.len() };
-    args.check(lens, &shape)?;
-    let Sample { rows: places, out_offset, .. } = args;
+    args.check(
+        Lens {
+            logits: args.logits.len(),
+            rows: args.rows.len(),
+            token_table: args.token_table.len(),
+            out: args.out.len(),
+        },
+        &shape,
+    )?;
+    let Sample { rows_offset, num_rows, out_offset, .. } = args;
+    let places = &args.rows.u32(OP, "rows")?.as_chunks::<2>().0[rows_offset..rows_offset + num_rows];
+    for &words in places {
+        Sample::<CpuBackend>::check_row(SampleAt::of_words(words), &shape)?;
+    }
     let CpuSampler { rows, masks, works, .. } = args.sampler;
     // A sampler of a backend with fewer threads has too little working memory.
     at_least(OP, "sampler", backend.pool.num_threads(), works.len())?;
@@ -170,7 +181,7 @@ pub(crate) fn sample(backend: &mut CpuBackend, args: Sample<'_, CpuBackend>) -> 
     let out = &mut args.out.u32_mut(OP, "out")?[out_offset..out_offset + places.len()];
 
     let row_of = |index: usize| {
-        let SampleAt { row, num_tokens } = places[index];
+        let SampleAt { row, num_tokens } = SampleAt::of_words(places[index]);
         let row = row as usize;
         (&rows[row], &token_table[row * shape.max_model_len..][..num_tokens as usize], row)
     };
@@ -179,6 +190,9 @@ pub(crate) fn sample(backend: &mut CpuBackend, args: Sample<'_, CpuBackend>) -> 
     let isa = backend.isa;
     let num_words = shape.num_mask_words();
     backend.pool.run_units(places.len(), &|worker, index| {
+        if SampleAt::of_words(places[index]) == SampleAt::NOBODY {
+            return;
+        }
         // SAFETY: each worker has its own.
         let work = &mut unsafe { works.slice_mut(worker..worker + 1) }[0];
         let (params, tokens, row) = row_of(index);
@@ -195,8 +209,8 @@ pub(crate) fn sample(backend: &mut CpuBackend, args: Sample<'_, CpuBackend>) -> 
         out[0] = token;
     });
 
-    for (at, &token) in places.iter().zip(&*out) {
-        if (at.num_tokens as usize) < shape.max_model_len {
+    for (at, &token) in places.iter().map(|&words| SampleAt::of_words(words)).zip(&*out) {
+        if at != SampleAt::NOBODY && (at.num_tokens as usize) < shape.max_model_len {
             let stored = if token == NON_FINITE { 0 } else { token };
             token_table[at.row as usize * shape.max_model_len + at.num_tokens as usize] = stored;
         }

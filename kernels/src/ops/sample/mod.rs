@@ -59,7 +59,7 @@ pub struct SamplerRow<'a> {
     pub bad_words: &'a [Vec<u32>],
 }
 
-/// One token to choose.
+/// One token to choose: two words of [`Sample::rows`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SampleAt {
     /// Row of the sampler's tables and of the token table.
@@ -68,13 +68,29 @@ pub struct SampleAt {
     pub num_tokens: u32,
 }
 
+impl SampleAt {
+    /// Fills up a batch: no token is chosen, and nothing is written.
+    pub const NOBODY: Self = Self { row: u32::MAX, num_tokens: 0 };
+
+    /// As it lies in [`Sample::rows`].
+    pub const fn words(self) -> [u32; 2] {
+        [self.row, self.num_tokens]
+    }
+
+    /// What lies in [`Sample::rows`].
+    pub const fn of_words([row, num_tokens]: [u32; 2]) -> Self {
+        Self { row, num_tokens }
+    }
+}
+
 /// What [`Sample`] stores instead of a token where the logits are not finite numbers.
 pub const NON_FINITE: u32 = u32::MAX;
 
 /// Chooses one token for each row of logits and appends it to the token table.
 ///
 /// * `logits`      `F32`, `[rows.len(), vocab_size]`; not changed
-/// * `rows`        which row of the tables each row of logits belongs to
+/// * `rows`        `U32`, `[any, 2]`, see [`SampleAt`]: which row of the tables each row of logits belongs to; read from
+///   entry `rows_offset` on
 /// * `token_table` `U32`, `[max_num_seqs, max_model_len]`; read for penalties and bad words, written at
 ///   `[row, num_tokens]` where that is below `max_model_len`
 ///
@@ -86,7 +102,9 @@ pub const NON_FINITE: u32 = u32::MAX;
 pub struct Sample<'a, B: Backend> {
     pub sampler: &'a mut B::Sampler,
     pub logits: &'a B::Buffer,
-    pub rows: &'a [SampleAt],
+    pub rows: &'a B::Buffer,
+    pub rows_offset: usize,
+    pub num_rows: usize,
     pub token_table: &'a mut B::Buffer,
     pub out: &'a mut B::Buffer,
     pub out_offset: usize,
@@ -160,6 +178,7 @@ impl SamplerRow<'_> {
 /// Numbers in each buffer.
 pub(crate) struct Lens {
     pub(crate) logits: usize,
+    pub(crate) rows: usize,
     pub(crate) token_table: usize,
     pub(crate) out: usize,
 }
@@ -167,15 +186,21 @@ pub(crate) struct Lens {
 impl<B: Backend> Sample<'_, B> {
     pub(crate) const OP: &'static str = "sample";
 
-    /// What every device refuses.
+    /// What every device refuses of sizes; entries of `rows` are looked at by the device.
     pub(crate) fn check(&self, lens: Lens, shape: &SamplerShape) -> Result<(), KernelError> {
-        at_least(Self::OP, "logits", self.rows.len().saturating_mul(shape.vocab_size), lens.logits)?;
+        at_least(Self::OP, "logits", self.num_rows.saturating_mul(shape.vocab_size), lens.logits)?;
+        let num_words = self.rows_offset.saturating_add(self.num_rows).saturating_mul(2);
+        at_least(Self::OP, "rows", num_words, lens.rows)?;
         at_least(Self::OP, "token_table", shape.max_num_seqs * shape.max_model_len, lens.token_table)?;
-        at_least(Self::OP, "out", self.out_offset.saturating_add(self.rows.len()), lens.out)?;
-        for at in self.rows {
-            below(Self::OP, "row", at.row, shape.max_num_seqs)?;
-            below(Self::OP, "num_tokens", at.num_tokens, shape.max_model_len + 1)?;
+        at_least(Self::OP, "out", self.out_offset.saturating_add(self.num_rows), lens.out)
+    }
+
+    /// What the device refuses of an entry.
+    pub(crate) fn check_row(at: SampleAt, shape: &SamplerShape) -> Result<(), KernelError> {
+        if at.row == SampleAt::NOBODY.row {
+            return Ok(());
         }
-        Ok(())
+        below(Self::OP, "row", at.row, shape.max_num_seqs)?;
+        below(Self::OP, "num_tokens", at.num_tokens, shape.max_model_len + 1)
     }
 }
