@@ -205,7 +205,7 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     }
 }
 
-/// Asks for the cache line of an address, which may be any.
+/// Asks for the cache line of an address, which may be any: wanted in a moment, in the level-1 cache.
 #[inline(always)]
 pub(crate) fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
@@ -213,6 +213,19 @@ pub(crate) fn prefetch(address: *const u8) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: fetching ahead reads nothing, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
+/// As [`prefetch`], wanted later: no further than into level 2.
+#[inline(always)]
+pub(crate) fn prefetch_early(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: as in `prefetch`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;

@@ -14,7 +14,7 @@
 //!   merged in ascending order.
 //!
 //! bf16 is multiplied in pairs with [`Isa::Avx512Bf16`], and widened to f32 with every other instruction set.
-//! The next tile's K and V are fetched while the present one's are multiplied.
+//! K and V of the next two tiles are fetched while the present one is multiplied (see [`products::Ahead`]).
 //!
 //! Who owns what while a batch is computed: a worker its [`Scratch`]; a unit its part of `out`, or its part of `partials`
 //! until it counts down its `countdown`; who counts it to zero, all parts of that row tile and head.

@@ -132,6 +132,33 @@ unsafe fn start_sums(tile: &Tile, rows: usize, width: usize) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn avx512<const R: usize, const Q: usize, const PACKED: bool, const TABLE: bool, const MIN: bool>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`.
+    unsafe {
+        if tile.is_alone {
+            avx512_steps::<R, Q, PACKED, TABLE, MIN, true>(tile);
+        } else {
+            avx512_steps::<R, Q, PACKED, TABLE, MIN, false>(tile);
+        }
+    }
+}
+
+/// Where a tile is `ALONE` it waits for memory: a step has many lines, and only some two dozen can be on their way to a core,
+/// so they are asked for little by little while the step is multiplied. Otherwise a tile asks for its few at once.
+///
+/// # Safety
+/// See `Kernel::run`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn avx512_steps<
+    const R: usize,
+    const Q: usize,
+    const PACKED: bool,
+    const TABLE: bool,
+    const MIN: bool,
+    const ALONE: bool,
+>(
+    tile: &Tile,
+) {
     // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
     unsafe {
         start_sums(tile, R, 32);
@@ -140,9 +167,12 @@ unsafe fn avx512<const R: usize, const Q: usize, const PACKED: bool, const TABLE
         let table = _mm512_broadcast_i32x4(_mm_loadu_si128(IQ4_NL_CODES.as_ptr().cast()));
         let mut weights = tile.weights;
         let mut activations = tile.activations;
+        let num_lines = if PACKED { Q / 2 } else { Q };
         let mut prefetch = tile.prefetch;
         for _ in 0..tile.num_steps {
-            prefetch = tile.fetch_ahead(prefetch);
+            if !ALONE {
+                prefetch = tile.fetch_lines(prefetch, tile.num_lines);
+            }
             let mut acc = [[_mm512_setzero_si512(); 2]; R];
             let zero = activations.add(Q * 4 + zero_offset(PACKED, TABLE));
             for (r, acc) in acc.iter_mut().enumerate() {
@@ -159,8 +189,10 @@ unsafe fn avx512<const R: usize, const Q: usize, const PACKED: bool, const TABLE
             let load = |line: usize| {
                 [0, 64].map(|offset| _mm512_loadu_si512(weights.add(line * 128 + offset).cast::<__m512i>()))
             };
-            let num_lines = if PACKED { Q / 2 } else { Q };
             for line in 0..num_lines {
+                if ALONE {
+                    prefetch = tile.fetch_lines(prefetch, 2);
+                }
                 if PACKED {
                     let decode = |codes: __m512i| {
                         let codes = _mm512_and_si512(codes, low_half);
@@ -172,6 +204,9 @@ unsafe fn avx512<const R: usize, const Q: usize, const PACKED: bool, const TABLE
                 } else {
                     multiply(line, load(line));
                 }
+            }
+            if ALONE {
+                prefetch = tile.fetch_lines(prefetch, tile.num_lines - 2 * num_lines);
             }
             weights = weights.add(num_lines * 128);
             let halves = |from: *const u8| {
@@ -205,6 +240,33 @@ unsafe fn avx512<const R: usize, const Q: usize, const PACKED: bool, const TABLE
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2<const R: usize, const Q: usize, const PACKED: bool, const TABLE: bool, const MIN: bool>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`.
+    unsafe {
+        if tile.is_alone {
+            avx2_steps::<R, Q, PACKED, TABLE, MIN, true>(tile);
+        } else {
+            avx2_steps::<R, Q, PACKED, TABLE, MIN, false>(tile);
+        }
+    }
+}
+
+/// Where a tile is `ALONE` it waits for memory: a step has many lines, and only some two dozen can be on their way to a core,
+/// so they are asked for little by little while the step is multiplied. Otherwise a tile asks for its few at once.
+///
+/// # Safety
+/// See `Kernel::run`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_steps<
+    const R: usize,
+    const Q: usize,
+    const PACKED: bool,
+    const TABLE: bool,
+    const MIN: bool,
+    const ALONE: bool,
+>(
+    tile: &Tile,
+) {
     // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
     unsafe {
         start_sums(tile, R, 16);
@@ -214,9 +276,12 @@ unsafe fn avx2<const R: usize, const Q: usize, const PACKED: bool, const TABLE: 
         let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_NL_CODES.as_ptr().cast()));
         let mut weights = tile.weights;
         let mut activations = tile.activations;
+        let num_lines = if PACKED { Q / 2 } else { Q };
         let mut prefetch = tile.prefetch;
         for _ in 0..tile.num_steps {
-            prefetch = tile.fetch_ahead(prefetch);
+            if !ALONE {
+                prefetch = tile.fetch_lines(prefetch, tile.num_lines);
+            }
             let mut acc = [[_mm256_setzero_si256(); 2]; R];
             let zero = activations.add(Q * 4 + zero_offset(PACKED, TABLE));
             for (r, acc) in acc.iter_mut().enumerate() {
@@ -241,8 +306,10 @@ unsafe fn avx2<const R: usize, const Q: usize, const PACKED: bool, const TABLE: 
             let load = |line: usize| {
                 [0, 32].map(|offset| _mm256_loadu_si256(weights.add(line * 64 + offset).cast::<__m256i>()))
             };
-            let num_lines = if PACKED { Q / 2 } else { Q };
             for line in 0..num_lines {
+                if ALONE {
+                    prefetch = tile.fetch_lines(prefetch, 1);
+                }
                 if PACKED {
                     let decode = |codes: __m256i| {
                         let codes = _mm256_and_si256(codes, low_half);
@@ -254,6 +321,9 @@ unsafe fn avx2<const R: usize, const Q: usize, const PACKED: bool, const TABLE: 
                 } else {
                     multiply(line, load(line));
                 }
+            }
+            if ALONE {
+                prefetch = tile.fetch_lines(prefetch, tile.num_lines - num_lines);
             }
             weights = weights.add(num_lines * 64);
             let numbers = |from: *const u8| [0, 32].map(|offset| _mm256_loadu_ps(from.add(offset).cast()));

@@ -28,7 +28,7 @@ use crate::cpu::lanes::bf16_bits;
 pub(super) const MAX_PANEL_WIDTH: usize = 64;
 
 /// How far ahead of use a stream that is read once is fetched.
-pub(super) const PREFETCH_AHEAD_BYTES: usize = 4096;
+pub(super) const PREFETCH_AHEAD_BYTES: usize = 8192;
 
 /// The arguments of one micro-kernel.
 pub(super) struct Tile {
@@ -51,15 +51,15 @@ pub(super) struct Tile {
     pub(super) is_alone: bool,
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Tile {
-    /// Fetches the lines of a step ahead, and returns where the next step's begin.
+    /// Fetches `num_lines` lines ahead, and returns where the next ones begin.
     #[inline(always)]
-    pub(super) fn fetch_ahead(&self, from: *const u8) -> *const u8 {
-        #[cfg(target_arch = "x86_64")]
-        for line in 0..self.num_lines {
+    pub(super) fn fetch_lines(&self, from: *const u8, num_lines: usize) -> *const u8 {
+        for line in 0..num_lines {
             fetch_line(from.wrapping_add(line * 64), self.is_alone);
         }
-        from.wrapping_add(self.num_lines * 64)
+        from.wrapping_add(num_lines * 64)
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::element::{Element, left_words};
 use super::{TILE_LEN, TILE_VECTORS};
-use crate::cpu::lanes::{LANES, Lanes, Vectorized, prefetch};
+use crate::cpu::lanes::{LANES, Lanes, Vectorized, prefetch, prefetch_early};
 
 /// Rows whose sums the registers hold beside two vectors of each.
 pub(super) const fn max_rows<S: Lanes>(has_pairs_of_vectors: bool) -> usize {
@@ -71,6 +71,27 @@ macro_rules! dispatch {
     };
 }
 
+/// What is fetched while a tile is multiplied. Blocks lie anywhere, so the machine does not see them coming: what is
+/// wanted next comes to level 1, and what is wanted after that to level 2, where many more lines can be on their way (on
+/// Zen 4 one step ahead alone gave 59 % of the bandwidth, both 90 %).
+#[derive(Clone, Copy)]
+pub(super) struct Ahead<'a> {
+    pub(super) next: Option<&'a [*const u8; TILE_VECTORS]>,
+    pub(super) after_next: Option<&'a [*const u8; TILE_VECTORS]>,
+}
+
+impl Ahead<'_> {
+    #[inline(always)]
+    fn fetch(self, vector: usize, offset: usize) {
+        if let Some(after_next) = self.after_next {
+            prefetch_early(after_next[vector].wrapping_add(offset));
+        }
+        if let Some(next) = self.next {
+            prefetch(next[vector].wrapping_add(offset));
+        }
+    }
+}
+
 /// `scores[row][token] = sum over dims of q[row][dim] * k[dim][token]`: one block of rows, one tile.
 pub(super) struct Scores<'a, E> {
     /// Left factors of the first row; the next row's follow.
@@ -81,8 +102,8 @@ pub(super) struct Scores<'a, E> {
     /// Bytes from one step to the next.
     pub(super) k_stride: usize,
     pub(super) visible: &'a [(usize, usize); TILE_VECTORS],
-    /// K of the tile that comes next, to be fetched meanwhile.
-    pub(super) ahead: Option<&'a [*const u8; TILE_VECTORS]>,
+    /// K of the tiles that come next, to be fetched meanwhile.
+    pub(super) ahead: Ahead<'a>,
     pub(super) scores: *mut f32,
     pub(super) element: PhantomData<E>,
 }
@@ -111,10 +132,8 @@ impl<E: Element, const R: usize, const G: usize> Vectorized for ScoresOf<'_, E, 
             }
             let mut acc = [[E::zero(simd); G]; R];
             for step in 0..num_steps {
-                if let Some(ahead) = ahead {
-                    for g in 0..G {
-                        prefetch(ahead[first + g].wrapping_add(step * k_stride));
-                    }
+                for g in 0..G {
+                    ahead.fetch(first + g, step * k_stride);
                 }
                 let mut column = [E::zero_column(simd); G];
                 for (g, column) in column.iter_mut().enumerate() {
@@ -151,8 +170,8 @@ pub(super) struct Sums<'a, E> {
     pub(super) v: &'a [*const u8; TILE_VECTORS],
     /// What all of these rows see.
     pub(super) visible: &'a [(usize, usize); TILE_VECTORS],
-    /// V of the tile that comes next, to be fetched meanwhile.
-    pub(super) ahead: Option<&'a [*const u8; TILE_VECTORS]>,
+    /// V of the tiles that come next, to be fetched meanwhile.
+    pub(super) ahead: Ahead<'a>,
     pub(super) head_dim: usize,
     /// First of the dimensions that are computed together.
     pub(super) dim: usize,
@@ -192,10 +211,8 @@ impl<E: Element, const R: usize, const D: usize> Vectorized for SumsOf<'_, E, R,
             }
             for step in first / E::PACK..end.div_ceil(E::PACK) {
                 let start = step * v_stride + dim_start;
-                if let Some(ahead) = ahead {
-                    for d in 0..D {
-                        prefetch(ahead[index].wrapping_add(start + d * LANES * E::LANE_BYTES));
-                    }
+                for d in 0..D {
+                    ahead.fetch(index, start + d * LANES * E::LANE_BYTES);
                 }
                 let mut column = [E::zero_column(simd); D];
                 for (d, column) in column.iter_mut().enumerate() {

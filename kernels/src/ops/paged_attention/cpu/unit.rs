@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::element::{Element, Pairs, Quantized, Single, Widened, left_scale, left_words};
-use super::products::{RowBlocks, Scores, Sums, max_rows};
+use super::products::{Ahead, RowBlocks, Scores, Sums, max_rows};
 use super::softmax::{by_vector, merge, softmax};
 use super::work::Task;
 use super::{Batch, Scratch, TILE_LEN, TILE_VECTORS};
@@ -53,9 +53,10 @@ impl Unit<'_> {
         let visible = self.batch.visible(seq, self.task.row_start, num_rows);
         // Where a chunk ends, what lies ahead is the next one.
         let visible = visible.start.max(chunk_start * CHUNK_LEN)..visible.end.min(chunk_end * CHUNK_LEN);
-        let mut tile = Tile::new::<E>(&self, seq.block_table, visible.start / TILE_LEN * TILE_LEN, &visible);
+        let first = visible.start / TILE_LEN * TILE_LEN;
+        let mut tiles = [first, first + TILE_LEN].map(|start| Tile::new::<E>(&self, seq.block_table, start, &visible));
         for chunk in chunk_start..chunk_end {
-            self.compute_chunk::<S, E>(simd, chunk, &visible, &mut tile);
+            self.compute_chunk::<S, E>(simd, chunk, &visible, &mut tiles);
             if is_later_part {
                 let split = split.expect("a part of a split");
                 let start = split.start(self.kv_head, chunk_start, state_len) + (chunk - chunk_start) * state_len;
@@ -134,18 +135,25 @@ impl Unit<'_> {
         }
     }
 
-    /// Leaves the result of one chunk in `scratch.chunk`. `tile` is the first that some row sees, and then the first of the
-    /// next chunk; `visible` are positions that some row sees in all chunks of the task.
+    /// Leaves the result of one chunk in `scratch.chunk`. `tiles` are the first that some row sees and the one behind it, and
+    /// then the same of the next chunk; `visible` are positions that some row sees in all chunks of the task.
     #[inline(always)]
-    fn compute_chunk<S: Lanes, E: Element>(&mut self, simd: S, chunk: usize, visible: &Range<usize>, tile: &mut Tile) {
+    fn compute_chunk<S: Lanes, E: Element>(
+        &mut self,
+        simd: S,
+        chunk: usize,
+        visible: &Range<usize>,
+        tiles: &mut [Tile; 2],
+    ) {
         let batch = self.batch;
         let (num_rows, row_len) = (self.task.num_rows, batch.row_len());
         self.scratch.chunk.clear(num_rows, row_len);
         self.scratch.lane_totals[..num_rows * LANES].fill(0.0);
         let seq = batch.lists.seq(self.task.seq);
         let end = visible.end.min((chunk + 1) * CHUNK_LEN);
-        while tile.start < end {
-            let next = Tile::new::<E>(self, seq.block_table, tile.start + TILE_LEN, visible);
+        while tiles[0].start < end {
+            let after_next = Tile::new::<E>(self, seq.block_table, tiles[1].start + TILE_LEN, visible);
+            let tile = &tiles[0];
             // Rows that see a token of the tile: positions grow with rows.
             let row_of = |position: usize| {
                 let token = position.saturating_sub(seq.first_position());
@@ -154,9 +162,10 @@ impl Unit<'_> {
             let row_start = row_of(tile.start);
             let row_end = batch.window.map_or(num_rows, |window| row_of(tile.start + TILE_LEN + window as usize - 1));
             if row_start < row_end {
-                self.compute_tile::<S, E>(simd, tile, &next, row_start..row_end);
+                self.compute_tile::<S, E>(simd, tile, [&tiles[1], &after_next], row_start..row_end);
             }
-            *tile = next;
+            tiles.swap(0, 1);
+            tiles[1] = after_next;
         }
         let Scratch { chunk, lane_totals, .. } = &mut *self.scratch;
         for (total, lanes) in chunk.total[..num_rows].iter_mut().zip(lane_totals.chunks_exact(LANES)) {
@@ -165,7 +174,7 @@ impl Unit<'_> {
     }
 
     #[inline(always)]
-    fn compute_tile<S: Lanes, E: Element>(&mut self, simd: S, tile: &Tile, next: &Tile, rows: Range<usize>) {
+    fn compute_tile<S: Lanes, E: Element>(&mut self, simd: S, tile: &Tile, ahead: [&Tile; 2], rows: Range<usize>) {
         let batch = self.batch;
         let (head_dim, row_len) = (batch.head_dim, batch.row_len());
         let scratch = &mut *self.scratch;
@@ -183,7 +192,7 @@ impl Unit<'_> {
                 k: &tile.k,
                 k_stride: batch.layout.block_size * E::LANE_BYTES,
                 visible: &tile.visible,
-                ahead: (block.start == rows.start && next.is_there).then_some(&next.k),
+                ahead: tiles_ahead(block.start == rows.start, ahead, |tile| &tile.k),
                 // SAFETY: as above.
                 scores: unsafe { scratch.scores.as_mut_ptr().add(block.start * TILE_LEN) },
                 element: PhantomData,
@@ -222,7 +231,7 @@ impl Unit<'_> {
                     weight_scales: &scratch.weight_scales[block.clone()],
                     v: &tile.v,
                     visible: &visible,
-                    ahead: (block.start == rows.start && next.is_there).then_some(&next.v),
+                    ahead: tiles_ahead(block.start == rows.start, ahead, |tile| &tile.v),
                     head_dim,
                     dim: 0,
                     // SAFETY: sums of rows below MAX_ROWS; `row_len` is head_dim rounded up to whole vectors.
@@ -253,6 +262,17 @@ impl Unit<'_> {
             }
         }
     }
+}
+
+/// The part that `of` takes of the tiles ahead that some row sees, for the first of the products of a tile only.
+#[inline(always)]
+fn tiles_ahead<'a>(
+    is_first: bool,
+    tiles: [&'a Tile; 2],
+    of: impl Fn(&'a Tile) -> &'a [*const u8; TILE_VECTORS],
+) -> Ahead<'a> {
+    let [next, after_next] = tiles.map(|tile| (is_first && tile.is_there).then(|| of(tile)));
+    Ahead { next, after_next }
 }
 
 /// K and V of the tokens of a tile.
