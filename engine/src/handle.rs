@@ -244,7 +244,7 @@ fn check(submission: &Submission, model: &ModelInfo) -> Result<(), SubmitError> 
     if past_vocab(&submission.generated) {
         return refuse("generated");
     }
-    Ok(sampler::check(&submission.sampling, model.vocab_size)?)
+    Ok(sampler::check(&submission.sampling, &submission.stop_token_ids, model.vocab_size)?)
 }
 
 /// What handles, streams and the engine's thread have in common.

@@ -1,13 +1,13 @@
 //! From what a request asks to what the device's sampler takes. Seed and position decide, never the neighbours.
 
-use quire_kernels::ops::sample::SamplerRow;
+use quire_kernels::ops::sample::{MAX_LIST_WORDS, SamplerRow, num_list_words};
 use quire_kernels::{Backend, KernelError};
 use quire_scheduler::{Admission, SamplingParams, SubmitError};
 
 use crate::handle::MAX_LOGPROBS;
 
 /// Refuses what no sampler can do, before it is queued: a row that the device refuses would end the engine for all.
-pub(crate) fn check(sampling: &SamplingParams, vocab_size: u32) -> Result<(), SubmitError> {
+pub(crate) fn check(sampling: &SamplingParams, stop_token_ids: &[u32], vocab_size: u32) -> Result<(), SubmitError> {
     const PAST_VOCAB: &str = "holds a token id that the model does not have";
     let invalid = |field, why| Err(SubmitError::Invalid { field, why });
     let past_vocab = |ids: &[u32]| ids.iter().any(|id| *id >= vocab_size);
@@ -43,6 +43,9 @@ pub(crate) fn check(sampling: &SamplingParams, vocab_size: u32) -> Result<(), Su
     }
     if sampling.bad_words.iter().any(|word| past_vocab(word)) {
         return invalid("bad_words", PAST_VOCAB);
+    }
+    if num_list_words(&sampling.logit_bias, stop_token_ids, &sampling.bad_words) > MAX_LIST_WORDS {
+        return invalid("bad_words", "hold more tokens than a sampler has room for");
     }
     if sampling.logprobs.max(sampling.prompt_logprobs) > Some(MAX_LOGPROBS) {
         return invalid("logprobs", "must not ask for more than 128 tokens");
@@ -109,7 +112,7 @@ mod tests {
     #[test]
     fn what_no_sampler_can_do_is_named() {
         type Change = fn(&mut SamplingParams);
-        let cases: [(&str, Change); 21] = [
+        let cases: [(&str, Change); 22] = [
             ("temperature", |p| p.temperature = f32::NAN),
             ("temperature", |p| p.temperature = -0.1),
             ("temperature", |p| p.temperature = f32::INFINITY),
@@ -129,14 +132,17 @@ mod tests {
             ("allowed_token_ids", |p| p.allowed_token_ids = Some(vec![u32::MAX])),
             ("bad_words", |p| p.bad_words = vec![vec![]]),
             ("bad_words", |p| p.bad_words = vec![vec![1], vec![2, 100]]),
+            ("bad_words", |p| p.bad_words = vec![vec![1; 1023]; 16]),
             ("logprobs", |p| p.logprobs = Some(129)),
             ("logprobs", |p| p.prompt_logprobs = Some(u32::MAX)),
         ];
         for (field, change) in cases {
             let mut params = SamplingParams::default();
-            check(&params, 100).unwrap();
+            check(&params, &[1], 100).unwrap();
             change(&mut params);
-            assert!(matches!(check(&params, 100), Err(SubmitError::Invalid { field: named, .. }) if named == field));
+            assert!(
+                matches!(check(&params, &[1], 100), Err(SubmitError::Invalid { field: named, .. }) if named == field)
+            );
         }
     }
 }

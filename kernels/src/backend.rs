@@ -208,3 +208,11 @@ pub trait Backend: Send + Sized + 'static {
         Ok(())
     }
 }
+
+/// Refuses a range that a buffer of `found` numbers does not have.
+pub(crate) fn check_room(op: &'static str, found: usize, offset: usize, len: usize) -> Result<(), KernelError> {
+    match offset.checked_add(len) {
+        Some(expected) if expected <= found => Ok(()),
+        end => Err(KernelError::Shape { op, argument: "buffer", expected: end.unwrap_or(usize::MAX), found }),
+    }
+}

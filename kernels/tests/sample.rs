@@ -388,7 +388,10 @@ fn bad_parameters_are_named_and_change_nothing() {
     assert_eq!(refused(0, SamplerRow { stop_token_ids: &[40], ..PLAIN }), "stop_token_ids");
     assert_eq!(refused(0, SamplerRow { bad_words: &[vec![]], ..PLAIN }), "bad_words");
     assert_eq!(refused(0, SamplerRow { bad_words: &[vec![1, 33]], ..PLAIN }), "bad_words");
+    let long = vec![vec![1; 1023]; 16];
+    assert_eq!(refused(0, SamplerRow { bad_words: &long, stop_token_ids: &[2], ..PLAIN }), "lists");
     backend.set_sampler_row(&mut sampler, 0, &SamplerRow { temperature: -0.0, ..PLAIN }).expect("zero is zero");
+    backend.set_sampler_row(&mut sampler, 0, &SamplerRow { bad_words: &long, ..PLAIN }).expect("as many as fit");
 
     let logits = backend.alloc(DType::F32, 2 * 33).expect("room");
     let mut token_table = backend.alloc(DType::U32, 16).expect("room");

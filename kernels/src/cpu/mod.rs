@@ -16,7 +16,7 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use self::buffer::Arena;
-use crate::backend::Backend;
+use crate::backend::{Backend, check_room};
 use crate::ops::{
     embed::{self, Embed},
     gather_rows::{self, GatherRows},
@@ -245,13 +245,6 @@ fn part<'a, T>(op: &'static str, data: &'a [T], offset: usize, len: usize) -> Re
 fn part_mut<'a, T>(op: &'static str, data: &'a mut [T], offset: usize, len: usize) -> Result<&'a mut [T], KernelError> {
     check_room(op, data.len(), offset, len)?;
     Ok(&mut data[offset..offset + len])
-}
-
-fn check_room(op: &'static str, found: usize, offset: usize, len: usize) -> Result<(), KernelError> {
-    match offset.checked_add(len) {
-        Some(expected) if expected <= found => Ok(()),
-        end => Err(KernelError::Shape { op, argument: "buffer", expected: end.unwrap_or(usize::MAX), found }),
-    }
 }
 
 /// The processor's own name for itself.

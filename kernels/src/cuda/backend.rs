@@ -1,20 +1,45 @@
 //! Arithmetic on a CUDA device.
 
-use crate::KernelError;
-use crate::cuda::device::{Arg, Device, DevicePtr, KernelId, Launch};
-use crate::cuda::fault::{self, Fault};
+use std::ops::Range;
 
-/// What launchers work with: a device, and the records of what kernels found wrong.
+use crate::cuda::device::{Arg, Device, DevicePtr, GraphId, KernelId, Launch, failure};
+use crate::cuda::fault::{self, Fault};
+use crate::cuda::memory::{CudaBuffer, CudaKv};
+use crate::ops::{
+    embed::{self, Embed},
+    gather_rows::{self, GatherRows},
+    linear::{self, Linear},
+    logprobs::{self, Logprobs},
+    paged_attention::{self, PagedAttention},
+    rms_norm::{self, RmsNorm},
+    rope_kv_write::{self, RopeKvWrite},
+    rope_table::{self, RopeTable},
+    sample::{self, Sample, SamplerRow, SamplerShape},
+};
+use crate::{Backend, DType, DeviceInfo, KernelError, KvLayout, StepLimits, WeightSource};
+
+/// [`Backend`] over a CUDA device. What launchers work with: the device, records of what kernels found wrong, and working
+/// memory of those operations that need some.
 pub struct CudaBackend<D: Device> {
     pub(crate) device: D,
     faults: DevicePtr,
+    pub(crate) rope_frequencies: rope_table::cuda::Kept,
+    pub(crate) linear_workspace: linear::cuda::Workspace,
+    pub(crate) attention_workspace: paged_attention::cuda::Workspace,
 }
 
 impl<D: Device> CudaBackend<D> {
-    /// Takes the device's records.
+    /// Takes the little memory that is there before any model.
     pub fn new(mut device: D) -> Result<Self, KernelError> {
         let faults = device.alloc("fault records", fault::ALL_RECORDS_BYTES)?;
-        Ok(Self { device, faults })
+        let rope_frequencies = rope_table::cuda::Kept::new(&mut device)?;
+        Ok(Self {
+            device,
+            faults,
+            rope_frequencies,
+            linear_workspace: linear::cuda::Workspace::default(),
+            attention_workspace: paged_attention::cuda::Workspace::default(),
+        })
     }
 
     /// The device under it.
@@ -23,7 +48,7 @@ impl<D: Device> CudaBackend<D> {
     }
 
     /// The record of `fault`, to be handed to the kernel that looks.
-    pub fn fault(&self, fault: Fault) -> Arg {
+    pub(crate) fn fault(&self, fault: Fault) -> Arg {
         Arg::Ptr(fault.record(self.faults))
     }
 
@@ -31,7 +56,7 @@ impl<D: Device> CudaBackend<D> {
     ///
     /// # Safety
     /// As for [`Device::launch`].
-    pub unsafe fn launch(
+    pub(crate) unsafe fn launch(
         &mut self,
         kernel: KernelId,
         grid: [usize; 3],
@@ -42,8 +67,7 @@ impl<D: Device> CudaBackend<D> {
         if grid.contains(&0) {
             return Ok(());
         }
-        let too_large =
-            |_| KernelError::Device { device: "cuda", cause: format!("{kernel}: no grid of {grid:?} blocks") };
+        let too_large = |_| failure(format!("{kernel}: there is no grid of {grid:?} blocks with {shared_bytes} bytes"));
         let mut grid32 = [0; 3];
         for (of, &len) in grid32.iter_mut().zip(&grid) {
             *of = u32::try_from(len).map_err(too_large)?;
@@ -53,14 +77,211 @@ impl<D: Device> CudaBackend<D> {
         unsafe { self.device.launch(&Launch { kernel, grid: grid32, block, shared_bytes, args }) }
     }
 
-    /// The first thing that kernels found wrong since it was asked before.
-    pub fn take_fault(&mut self) -> Result<(), KernelError> {
+    /// Downloads numbers, and what kernels found wrong before. What was found is forgotten then.
+    fn read<T: Word>(&mut self, from: DevicePtr, out: &mut [T]) -> Result<(), KernelError> {
         let mut records = [0; fault::ALL_RECORDS_BYTES];
         self.device.download(self.faults, &mut records)?;
-        let found = fault::check(&records);
+        self.report(&records)?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        self.device.download(from, T::bytes_mut(out))
+    }
+
+    fn report(&mut self, records: &[u8]) -> Result<(), KernelError> {
+        let found = fault::check(records);
         if found.is_err() {
             self.device.fill(self.faults, 0, fault::ALL_RECORDS_BYTES)?;
         }
         found
+    }
+}
+
+/// Numbers of 4 bytes that any bits are.
+trait Word: Copy {
+    fn bytes(words: &[Self]) -> &[u8] {
+        // SAFETY: numbers without padding, of any bits.
+        unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), size_of_val(words)) }
+    }
+
+    fn bytes_mut(words: &mut [Self]) -> &mut [u8] {
+        // SAFETY: as above, and any bytes make a number.
+        unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), size_of_val(words)) }
+    }
+}
+
+impl Word for f32 {}
+impl Word for u32 {}
+
+/// Results on their way back: numbers, then the records of what kernels found wrong.
+pub struct CudaReadback<D: Device> {
+    memory: D::Readback,
+    /// Numbers that fit.
+    room: usize,
+    words: Vec<u32>,
+}
+
+/// Most parts of one reading.
+const MAX_READ_PARTS: usize = 7;
+
+impl<D: Device> Backend for CudaBackend<D> {
+    type Buffer = CudaBuffer;
+    type Weight = linear::cuda::CudaWeight;
+    type Kv = CudaKv;
+    type Sampler = sample::cuda::CudaSampler;
+    type Readback = CudaReadback<D>;
+    type Graph = GraphId;
+
+    fn info(&self) -> DeviceInfo {
+        self.device.facts().info.clone()
+    }
+
+    fn alloc(&mut self, dtype: DType, len: usize) -> Result<CudaBuffer, KernelError> {
+        CudaBuffer::alloc(&mut self.device, dtype, len)
+    }
+
+    fn write_f32(&mut self, buffer: &mut CudaBuffer, offset: usize, data: &[f32]) -> Result<(), KernelError> {
+        let to = buffer.part(DType::F32, "write_f32", offset, data.len())?;
+        if data.is_empty() { Ok(()) } else { self.device.upload(to, Word::bytes(data)) }
+    }
+
+    fn write_u32(&mut self, buffer: &mut CudaBuffer, offset: usize, data: &[u32]) -> Result<(), KernelError> {
+        let to = buffer.part(DType::U32, "write_u32", offset, data.len())?;
+        if data.is_empty() { Ok(()) } else { self.device.upload(to, Word::bytes(data)) }
+    }
+
+    fn read_f32(&mut self, buffer: &CudaBuffer, offset: usize, out: &mut [f32]) -> Result<(), KernelError> {
+        let from = buffer.part(DType::F32, "read_f32", offset, out.len())?;
+        self.read(from, out)
+    }
+
+    fn read_u32(&mut self, buffer: &CudaBuffer, offset: usize, out: &mut [u32]) -> Result<(), KernelError> {
+        let from = buffer.part(DType::U32, "read_u32", offset, out.len())?;
+        self.read(from, out)
+    }
+
+    fn alloc_readback(&mut self, len: usize) -> Result<CudaReadback<D>, KernelError> {
+        let bytes = len.saturating_mul(4).saturating_add(fault::ALL_RECORDS_BYTES);
+        Ok(CudaReadback { memory: self.device.alloc_readback(bytes)?, room: len, words: Vec::with_capacity(len) })
+    }
+
+    fn start_read(
+        &mut self,
+        readback: &mut CudaReadback<D>,
+        parts: &[(&CudaBuffer, Range<usize>)],
+    ) -> Result<(), KernelError> {
+        const OP: &str = "start_read";
+        let len = parts.iter().map(|(_, range)| range.len()).sum();
+        for (argument, expected, found) in [("readback", len, readback.room), ("parts", parts.len(), MAX_READ_PARTS)] {
+            crate::ops::at_least(OP, argument, expected, found)?;
+        }
+        let mut ranges = [(DevicePtr::NULL, 0); MAX_READ_PARTS + 1];
+        for (to, (buffer, range)) in ranges.iter_mut().zip(parts) {
+            let from = buffer.part(buffer.dtype(), OP, range.start, range.len())?;
+            *to = (from, 4 * range.len());
+        }
+        ranges[parts.len()] = (self.faults, fault::ALL_RECORDS_BYTES);
+        self.device.start_download(&mut readback.memory, &ranges[..=parts.len()])
+    }
+
+    fn finish_read<'a>(&mut self, readback: &'a mut CudaReadback<D>) -> Result<&'a [u32], KernelError> {
+        let CudaReadback { memory, words, .. } = readback;
+        let bytes = self.device.finish_download(memory)?;
+        let (numbers, records) = bytes.split_at(bytes.len() - fault::ALL_RECORDS_BYTES);
+        words.clear();
+        words.extend(numbers.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)));
+        self.report(records)?;
+        Ok(words)
+    }
+
+    fn capture(
+        &mut self,
+        operations: impl FnOnce(&mut Self) -> Result<(), KernelError>,
+    ) -> Result<Option<GraphId>, KernelError> {
+        self.device.begin_capture()?;
+        let recorded = operations(self);
+        // Ended in any case: the device cannot go on otherwise. What failed first is what is reported.
+        let graph = self.device.end_capture();
+        recorded?;
+        graph.map(Some)
+    }
+
+    fn replay(&mut self, graph: &GraphId) -> Result<(), KernelError> {
+        self.device.replay(*graph)
+    }
+
+    fn can_capture(&self) -> bool {
+        true
+    }
+
+    fn reserve(&mut self, limits: &StepLimits) -> Result<(), KernelError> {
+        self.linear_workspace.reserve(&mut self.device, limits)?;
+        self.attention_workspace.reserve(&mut self.device, limits)
+    }
+
+    /// The output layer's weights are read once for each tile, and decoding has as many rows as sequences.
+    fn logits_tile(&self) -> usize {
+        256
+    }
+
+    fn pack_weight(&mut self, source: &WeightSource<'_>) -> Result<Self::Weight, KernelError> {
+        linear::cuda::pack_weight(self, source)
+    }
+
+    fn weight_bytes(&self, shape: &linear::WeightShape) -> usize {
+        linear::cuda::weight_bytes(shape)
+    }
+
+    fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CudaKv, KernelError> {
+        CudaKv::alloc(&mut self.device, layout)
+    }
+
+    fn alloc_sampler(&mut self, shape: &SamplerShape) -> Result<Self::Sampler, KernelError> {
+        sample::cuda::alloc_sampler(self, shape)
+    }
+
+    fn set_sampler_row(
+        &mut self,
+        sampler: &mut Self::Sampler,
+        row: u32,
+        params: &SamplerRow<'_>,
+    ) -> Result<(), KernelError> {
+        sample::cuda::set_sampler_row(self, sampler, row, params)
+    }
+
+    fn embed(&mut self, args: Embed<'_, Self>) -> Result<(), KernelError> {
+        embed::cuda::embed(self, args)
+    }
+
+    fn rms_norm(&mut self, args: RmsNorm<'_, Self>) -> Result<(), KernelError> {
+        rms_norm::cuda::rms_norm(self, args)
+    }
+
+    fn linear(&mut self, args: Linear<'_, Self>) -> Result<(), KernelError> {
+        linear::cuda::linear(self, args)
+    }
+
+    fn rope_table(&mut self, args: RopeTable<'_, Self>) -> Result<(), KernelError> {
+        rope_table::cuda::rope_table(self, args)
+    }
+
+    fn rope_kv_write(&mut self, args: RopeKvWrite<'_, Self>) -> Result<(), KernelError> {
+        rope_kv_write::cuda::rope_kv_write(self, args)
+    }
+
+    fn paged_attention(&mut self, args: PagedAttention<'_, Self>) -> Result<(), KernelError> {
+        paged_attention::cuda::paged_attention(self, args)
+    }
+
+    fn gather_rows(&mut self, args: GatherRows<'_, Self>) -> Result<(), KernelError> {
+        gather_rows::cuda::gather_rows(self, args)
+    }
+
+    fn sample(&mut self, args: Sample<'_, Self>) -> Result<(), KernelError> {
+        sample::cuda::sample(self, args)
+    }
+
+    fn logprobs(&mut self, args: Logprobs<'_, Self>) -> Result<(), KernelError> {
+        logprobs::cuda::logprobs(self, args)
     }
 }

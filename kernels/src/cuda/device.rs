@@ -163,9 +163,6 @@ pub trait Device: Send + Sized + 'static {
     /// Copies to the host, and waits for everything before.
     fn download(&mut self, from: DevicePtr, bytes: &mut [u8]) -> Result<(), KernelError>;
 
-    /// Copies on the device; the ranges do not overlap.
-    fn copy(&mut self, from: DevicePtr, to: DevicePtr, bytes: usize) -> Result<(), KernelError>;
-
     /// Sets all bytes.
     fn fill(&mut self, to: DevicePtr, byte: u8, bytes: usize) -> Result<(), KernelError>;
 
@@ -192,8 +189,7 @@ pub trait Device: Send + Sized + 'static {
     /// device.
     unsafe fn launch(&mut self, launch: &Launch<'_>) -> Result<(), KernelError>;
 
-    /// From here to [`Self::end_capture`] launches, fills and copies on the device are recorded, not run. Nothing else but
-    /// launching is done in between. Every kernel was launched or prepared before.
+    /// From here to [`Self::end_capture`] launches and fills are recorded, not run. Nothing else is done in between. Every kernel was launched or prepared before.
     fn begin_capture(&mut self) -> Result<(), KernelError>;
 
     /// Ends the recording. Where something failed in between, this is called all the same, and may fail too.

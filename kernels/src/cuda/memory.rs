@@ -1,5 +1,6 @@
 //! What [`CudaBackend`] gives out: handles to memory that lives as long as the device.
 
+use crate::backend::check_room;
 use crate::cuda::device::{Device, DevicePtr};
 use crate::{DType, KernelError, KvLayout};
 
@@ -20,7 +21,7 @@ pub struct CudaKv {
 
 /// Working memory of an operation, grown outside of steps: what was reserved for the largest step is never grown in one.
 #[derive(Debug)]
-pub struct Workspace {
+pub(crate) struct Workspace {
     what: &'static str,
     ptr: DevicePtr,
     bytes: usize,
@@ -28,7 +29,7 @@ pub struct Workspace {
 
 impl CudaBuffer {
     /// Zeroed.
-    pub fn alloc<D: Device>(device: &mut D, dtype: DType, len: usize) -> Result<Self, KernelError> {
+    pub(crate) fn alloc<D: Device>(device: &mut D, dtype: DType, len: usize) -> Result<Self, KernelError> {
         let bytes = len.saturating_mul(dtype.size());
         Ok(Self { ptr: device.alloc("a buffer", bytes)?, dtype, len })
     }
@@ -41,6 +42,23 @@ impl CudaBuffer {
     /// Whether there are no numbers.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where `len` numbers from `offset` on lie. Fails where they are not `dtype`, or there are not so many.
+    pub(crate) fn part(
+        &self,
+        dtype: DType,
+        op: &'static str,
+        offset: usize,
+        len: usize,
+    ) -> Result<DevicePtr, KernelError> {
+        let ptr = self.of_type(dtype, op, "buffer")?;
+        check_room(op, self.len, offset, len)?;
+        Ok(ptr.offset(offset * dtype.size()))
     }
 
     /// Where the numbers lie; fails where they are not `F32`, naming `argument` of `op`.
@@ -64,7 +82,7 @@ impl CudaBuffer {
 
 impl CudaKv {
     /// Zeroed.
-    pub fn alloc<D: Device>(device: &mut D, layout: &KvLayout) -> Result<Self, KernelError> {
+    pub(crate) fn alloc<D: Device>(device: &mut D, layout: &KvLayout) -> Result<Self, KernelError> {
         layout.validate()?;
         Ok(Self { ptr: device.alloc("the KV cache", layout.total_bytes())?, layout: *layout })
     }
@@ -86,13 +104,13 @@ impl CudaKv {
 
 impl Workspace {
     /// Nothing yet. `what` names it in errors.
-    pub const fn new(what: &'static str) -> Self {
+    pub(crate) const fn new(what: &'static str) -> Self {
         Self { what, ptr: DevicePtr::NULL, bytes: 0 }
     }
 
     /// At least so many bytes. They hold zeros when they are taken, and then what the operation left there. What was taken
     /// before stays taken until the device goes, so whoever knows the largest step asks for it at the start.
-    pub fn at_least<D: Device>(&mut self, device: &mut D, bytes: usize) -> Result<DevicePtr, KernelError> {
+    pub(crate) fn at_least<D: Device>(&mut self, device: &mut D, bytes: usize) -> Result<DevicePtr, KernelError> {
         if bytes > self.bytes {
             self.ptr = device.alloc(self.what, bytes)?;
             self.bytes = bytes;

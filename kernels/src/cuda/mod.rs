@@ -8,11 +8,15 @@ pub mod device;
 pub mod fault;
 pub mod memory;
 pub mod ptx;
+#[cfg(feature = "testing")]
+pub mod recorder;
 
+pub use crate::ops::linear::cuda::CudaWeight;
 pub use backend::CudaBackend;
 pub use device::{Arg, Device, DeviceFacts, DevicePtr, GraphId, KernelId, Launch};
 pub use fault::Fault;
-pub use memory::{CudaBuffer, CudaKv, Workspace};
+pub(crate) use memory::Workspace;
+pub use memory::{CudaBuffer, CudaKv};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::result;

@@ -1,6 +1,7 @@
 //! Token ids to rows of the embedding matrix.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 pub mod reference;
 
 use crate::{Backend, KernelError};

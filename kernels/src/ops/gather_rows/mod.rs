@@ -1,6 +1,7 @@
 //! Rows of a matrix, picked by index.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 #[cfg(feature = "testing")]
 pub mod reference;
 

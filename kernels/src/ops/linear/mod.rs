@@ -1,6 +1,7 @@
 //! Products with a packed weight, from one row to thousands.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 pub(crate) mod quantize;
 pub mod reference;
 

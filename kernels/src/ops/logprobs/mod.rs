@@ -1,6 +1,7 @@
 //! Log probabilities of given and of most likely tokens.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 #[cfg(feature = "testing")]
 pub mod reference;
 

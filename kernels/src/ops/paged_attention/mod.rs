@@ -1,6 +1,7 @@
 //! Attention of new tokens over their paged context.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 #[cfg(feature = "testing")]
 pub mod reference;
 

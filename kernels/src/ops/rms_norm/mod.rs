@@ -1,6 +1,7 @@
 //! Root mean square normalisation.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 #[cfg(feature = "testing")]
 pub mod reference;
 

@@ -1,6 +1,7 @@
 //! From the fused projection to rotated queries and a written cache.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 #[cfg(feature = "testing")]
 pub mod reference;
 

@@ -1,6 +1,7 @@
 //! Angles of the rotary position embedding for the tokens of a step, shared by all layers.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 #[cfg(feature = "testing")]
 pub mod reference;
 

@@ -1,6 +1,7 @@
 //! Logits to tokens.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 pub mod philox;
 #[cfg(feature = "testing")]
 pub mod reference;
@@ -82,6 +83,10 @@ impl SampleAt {
         Self { row, num_tokens }
     }
 }
+
+/// Most words of a row's lists: two for each entry of `bias`, one for each stop token, for each bad word, and for each token of
+/// a bad word. Devices have room for as many from the start.
+pub const MAX_LIST_WORDS: usize = 16 * 1024;
 
 /// What [`Sample`] stores instead of a token where the logits are not finite numbers.
 pub const NON_FINITE: u32 = u32::MAX;
@@ -171,8 +176,14 @@ impl SamplerRow<'_> {
             at_least(op, "bad_words", 1, word.len())?;
             all_below(op, "bad_words", word, shape.vocab_size)?;
         }
-        Ok(())
+        let num_words = num_list_words(self.bias, self.stop_token_ids, self.bad_words);
+        below(op, "lists", num_words as u64, MAX_LIST_WORDS + 1)
     }
+}
+
+/// Words of these lists, to be compared with [`MAX_LIST_WORDS`].
+pub fn num_list_words(bias: &[(u32, f32)], stop_token_ids: &[u32], bad_words: &[Vec<u32>]) -> usize {
+    2 * bias.len() + stop_token_ids.len() + bad_words.iter().map(|word| 1 + word.len()).sum::<usize>()
 }
 
 /// Numbers in each buffer.
