@@ -1,8 +1,10 @@
 //! What tests of this and of other crates share: seeded numbers, hostile inputs, comparison with a stated tolerance.
 
 mod blocks;
+mod emulator;
 
 pub use blocks::encode;
+pub use emulator::Emulator;
 
 use half::bf16;
 
