@@ -5,14 +5,23 @@ use crate::{KernelError, StepLimits, WeightSource};
 
 /// A matrix on the device, in the order that `linear.cu` reads it in.
 pub struct CudaWeight {
-    pub(crate) shape: WeightShape,
-    /// All of it: numbers, then scales, then minima, as `shape` says.
-    pub(crate) ptr: DevicePtr,
+    shape: WeightShape,
+    ptr: DevicePtr,
+    flags: u32,
 }
 
 impl CudaWeight {
     pub fn shape(&self) -> &WeightShape {
         &self.shape
+    }
+
+    pub(crate) fn ptr(&self) -> DevicePtr {
+        self.ptr
+    }
+
+    /// As `weight.cuh` has them.
+    pub(crate) fn flags(&self) -> u32 {
+        self.flags
     }
 }
 
