@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const PROTOS: &[&str] = &["quire/v1/quire.proto"];
+const PROTOS: &[&str] = &["quire/v1/quire.proto", "vllm/common.proto", "vllm/engine.proto", "inference/service.proto"];
 
 #[allow(clippy::disallowed_methods, reason = "Cargo speaks to build scripts through the environment")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {

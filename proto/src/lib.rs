@@ -1,7 +1,7 @@
 //! Wire contracts, generated from the .proto files beside it.
 //!
 //! Nothing is written here by hand but this page: a message's meaning is in its `.proto` file. The router's
-//! `grpc/convert.rs` is the only place where these types meet others.
+//! `grpc/convert` is the only place where these types meet others.
 
 /// `quire.v1`: Quire's own contract.
 pub mod quire {
@@ -9,6 +9,32 @@ pub mod quire {
     pub mod v1 {
         tonic::include_proto!("quire.v1");
     }
+}
+
+/// `vllm.grpc.engine`: what gateways drive engines by, tokens in and tokens out.
+pub mod vllm {
+    pub mod grpc {
+        #[allow(clippy::all, missing_docs, unreachable_pub, reason = "generated")]
+        pub mod engine {
+            tonic::include_proto!("vllm.grpc.engine");
+        }
+    }
+}
+
+/// `smg.grpc.common`: messages that `vllm.grpc.engine` shares with others.
+pub mod smg {
+    pub mod grpc {
+        #[allow(clippy::all, missing_docs, unreachable_pub, reason = "generated")]
+        pub mod common {
+            tonic::include_proto!("smg.grpc.common");
+        }
+    }
+}
+
+/// `inference`: the open inference protocol of KServe and Triton.
+#[allow(clippy::all, missing_docs, unreachable_pub, reason = "generated")]
+pub mod inference {
+    tonic::include_proto!("inference");
 }
 
 /// All contracts of this crate as an encoded `FileDescriptorSet`, for server reflection.
@@ -24,6 +50,24 @@ mod tests {
         for method in ["Generate", "GenerateStream", "Chat", "ChatStream", "Abort", "ModelInfo", "Stats"] {
             assert!(text.contains(method), "{method} is not in the descriptors");
         }
+    }
+
+    /// Numbers are what the wire knows a field by; these are the ones that other programs were built with.
+    #[test]
+    fn fields_of_others_have_their_numbers() {
+        use super::inference::{ModelInferRequest, ModelInferResponse};
+        use super::vllm::grpc::engine::{GenerateComplete, GenerateRequest, SamplingParams};
+        // Tag (number * 8 + wire type), length, content.
+        let request = GenerateRequest { request_id: "a".into(), stream: true, ..Default::default() };
+        assert_eq!(request.encode_to_vec(), [0x0a, 1, b'a', 0x28, 1]);
+        let sampling = SamplingParams { max_tokens: Some(5), n: 2, seed: Some(3), ..Default::default() };
+        assert_eq!(sampling.encode_to_vec(), [0x40, 5, 0x78, 2, 0xc0, 1, 3]);
+        let complete = GenerateComplete { output_ids: vec![7], index: 1, ..Default::default() };
+        assert_eq!(complete.encode_to_vec(), [0x0a, 1, 7, 0x40, 1]);
+        let infer = ModelInferRequest { id: "a".into(), raw_input_contents: vec![vec![1]], ..Default::default() };
+        assert_eq!(infer.encode_to_vec(), [0x1a, 1, b'a', 0x3a, 1, 1]);
+        let infer = ModelInferResponse { raw_output_contents: vec![vec![1]], ..Default::default() };
+        assert_eq!(infer.encode_to_vec(), [0x32, 1, 1]);
     }
 
     #[test]

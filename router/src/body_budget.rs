@@ -76,12 +76,23 @@ impl HeldShare {
     }
 }
 
+/// What of a body is counted and timed together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counted {
+    /// All of it, from its first poll to its last byte.
+    Together,
+    /// Each message by itself, from its first byte to its last: between two of them a caller may be silent.
+    EachMessage,
+}
+
 /// A body that takes its share of the budget as it arrives, and ends with an error when there is none left or when it
-/// takes longer than it may, from its first poll to its last byte.
+/// takes longer than it may.
 pub struct CountedBody {
     inner: Body,
+    counted: Counted,
     share: HeldShare,
     num_bytes: usize,
+    message: MessageBorders,
     limit: Duration,
     timer: Option<Pin<Box<Sleep>>>,
     /// An error as the face says it.
@@ -89,14 +100,76 @@ pub struct CountedBody {
 }
 
 impl CountedBody {
-    pub fn new(inner: Body, share: HeldShare, limit: Duration, refusal: fn(&ApiError) -> Status) -> Self {
-        Self { inner, share, num_bytes: 0, limit, timer: None, refusal }
+    pub fn new(
+        inner: Body,
+        counted: Counted,
+        share: HeldShare,
+        limit: Duration,
+        refusal: fn(&ApiError) -> Status,
+    ) -> Self {
+        let message = MessageBorders::default();
+        Self { inner, counted, share, num_bytes: 0, message, limit, timer: None, refusal }
     }
 
-    fn count(&mut self, bytes: usize) -> Result<(), Status> {
-        self.num_bytes = self.num_bytes.saturating_add(bytes);
+    fn count(&mut self, bytes: &[u8]) -> Result<(), Status> {
+        let refusal = self.refusal;
+        self.num_bytes = self.num_bytes.saturating_add(bytes.len());
         let mut share = self.share.0.lock().unwrap_or_else(PoisonError::into_inner);
-        share.grow(self.num_bytes).map_err(|error| (self.refusal)(&error))
+        share.grow(self.num_bytes).map_err(|error| refusal(&error))?;
+        if self.counted == Counted::EachMessage && self.message.pass(bytes) {
+            // Whoever reads the message has it now.
+            share.held = None;
+            self.num_bytes = 0;
+            self.timer = None;
+        }
+        Ok(())
+    }
+
+    fn is_timed(&self) -> bool {
+        match self.counted {
+            Counted::Together => true,
+            Counted::EachMessage => self.message.is_inside(),
+        }
+    }
+}
+
+/// Where messages of gRPC begin and end: each is a byte, its length in four, and itself ("Length-Prefixed-Message").
+#[derive(Default)]
+struct MessageBorders {
+    /// Bytes of the prefix that were seen, and the length as far as it is known.
+    prefix_len: u8,
+    length: u32,
+    /// Bytes of the message that are missing.
+    missing: u32,
+}
+
+impl MessageBorders {
+    /// Passes over these bytes. Says whether a message ended among them.
+    fn pass(&mut self, mut bytes: &[u8]) -> bool {
+        let mut ended = false;
+        while let Some((first, rest)) = bytes.split_first() {
+            if self.prefix_len < 5 {
+                if self.prefix_len > 0 {
+                    self.length = self.length << 8 | u32::from(*first);
+                }
+                self.prefix_len += 1;
+                self.missing = self.length;
+                bytes = rest;
+            } else {
+                let taken = bytes.len().min(self.missing as usize);
+                self.missing -= taken as u32;
+                bytes = &bytes[taken..];
+            }
+            if self.prefix_len == 5 && self.missing == 0 {
+                *self = Self::default();
+                ended = true;
+            }
+        }
+        ended
+    }
+
+    fn is_inside(&self) -> bool {
+        self.prefix_len > 0
     }
 }
 
@@ -111,11 +184,12 @@ impl HttpBody for CountedBody {
         let this = &mut *self;
         match Pin::new(&mut this.inner).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
-                let len = frame.data_ref().map_or(0, Bytes::len);
-                Poll::Ready(Some(this.count(len).map(|()| frame).map_err(Into::into)))
+                let counted = frame.data_ref().map_or(Ok(()), |data| this.count(data));
+                Poll::Ready(Some(counted.map(|()| frame).map_err(Into::into)))
             }
             Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
             Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending if !this.is_timed() => Poll::Pending,
             Poll::Pending => {
                 let limit = this.limit;
                 let timer = this.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
@@ -141,6 +215,23 @@ impl HttpBody for CountedBody {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_end_wherever_bytes_are_cut() {
+        let mut bytes = vec![0, 0, 0, 0, 3, 1, 2, 3];
+        bytes.extend([1, 0, 0, 0, 0]);
+        bytes.extend([0, 0, 0, 1, 0]);
+        bytes.extend([9; 256]);
+        for size in 1..20 {
+            let mut borders = MessageBorders::default();
+            let ended = bytes.chunks(size).filter(|chunk| borders.pass(chunk)).count();
+            // The first two end at the 8th and the 13th byte: in one piece, or in two.
+            let expected = if 7 / size == 12 / size { 2 } else { 3 };
+            assert!(ended == expected && !borders.is_inside(), "{size}: {ended}");
+        }
+        let mut borders = MessageBorders::default();
+        assert!(!borders.pass(&bytes[..7]) && borders.is_inside());
+    }
 
     #[test]
     fn shares_are_taken_as_bytes_come_and_given_back() {

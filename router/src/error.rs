@@ -16,6 +16,12 @@ pub enum ApiError {
     Unauthorized,
     #[error("the model `{model}` does not exist")]
     ModelNotFound { model: String },
+    /// Something that is kept for a while (a response, say) and is not, or not any more.
+    #[error("there is no such {what}")]
+    NotFound { what: &'static str },
+    /// Part of a contract, and not served.
+    #[error("{what}")]
+    NotImplemented { what: &'static str },
     /// The body, a header or a message is larger than its limit.
     #[error("{what} is larger than {limit} bytes")]
     TooLarge { what: &'static str, limit: usize },
@@ -43,7 +49,8 @@ impl ApiError {
                 (StatusCode::BAD_REQUEST, Code::InvalidArgument)
             }
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, Code::Unauthenticated),
-            Self::ModelNotFound { .. } => (StatusCode::NOT_FOUND, Code::NotFound),
+            Self::ModelNotFound { .. } | Self::NotFound { .. } => (StatusCode::NOT_FOUND, Code::NotFound),
+            Self::NotImplemented { .. } => (StatusCode::NOT_IMPLEMENTED, Code::Unimplemented),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, Code::ResourceExhausted),
             Self::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, Code::ResourceExhausted),
             // 499 is the field's own code for "client closed request"; the registry has no name for it.
@@ -61,6 +68,8 @@ impl ApiError {
             Self::ContextTooLong { .. } => ("invalid_request_error", Some("context_length_exceeded")),
             Self::Unauthorized => ("invalid_request_error", Some("invalid_api_key")),
             Self::ModelNotFound { .. } => ("invalid_request_error", Some("model_not_found")),
+            Self::NotFound { .. } => ("invalid_request_error", Some("not_found")),
+            Self::NotImplemented { .. } => ("invalid_request_error", Some("not_implemented")),
             Self::TooLarge { .. } => ("invalid_request_error", Some("request_too_large")),
             Self::Overloaded { .. } => ("rate_limit_error", Some("overloaded")),
             Self::Cancelled => ("request_cancelled", Some("cancelled")),

@@ -16,6 +16,7 @@ use std::time::Instant;
 use quire_scheduler::{TenantId, TokenLogprobs};
 
 use crate::error::ApiError;
+use crate::fim::FimInput;
 use crate::metrics::Endpoint;
 
 pub use limits::Limits;
@@ -34,9 +35,36 @@ pub struct ChatMessage {
 /// What to continue.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Input {
-    Text { text: String, add_special_tokens: bool },
+    Text {
+        text: String,
+        add_special_tokens: bool,
+    },
     TokenIds(Vec<u32>),
     Chat(ChatInput),
+    /// A gap between two texts.
+    Fim(FimInput),
+}
+
+/// What becomes of a prompt that is longer than wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Truncation {
+    pub to: TruncateTo,
+    pub keep: Keep,
+}
+
+/// How long a prompt may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TruncateTo {
+    Tokens(u64),
+    /// What `max_tokens` leaves of the model's length, or all but one token.
+    Fit,
+}
+
+/// Which end of a prompt stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    First,
+    Last,
 }
 
 /// A conversation and how the chat template is to render it.
@@ -94,7 +122,7 @@ pub struct GenerationParams {
     pub skip_special_tokens: Option<bool>,
     pub priority: i32,
     pub cache_salt: Option<String>,
-    pub truncate_prompt_tokens: Option<u64>,
+    pub truncation: Option<Truncation>,
     /// Go on with what another server began.
     pub resume: Option<Resume>,
 }

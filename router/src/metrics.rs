@@ -140,24 +140,57 @@ pub fn catalogue() -> impl Iterator<Item = (&'static str, &'static str, &'static
 pub enum Endpoint {
     Chat,
     Completions,
+    FimCompletions,
+    Infill,
+    Responses,
+    Messages,
+    CountTokens,
+    OllamaChat,
+    OllamaGenerate,
     Tokenize,
     Detokenize,
     GrpcGenerate,
     GrpcChat,
+    GrpcVllmGenerate,
+    GrpcModelInfer,
 }
 
 impl Endpoint {
-    const ALL: [Self; 6] =
-        [Self::Chat, Self::Completions, Self::Tokenize, Self::Detokenize, Self::GrpcGenerate, Self::GrpcChat];
+    const ALL: [Self; 15] = [
+        Self::Chat,
+        Self::Completions,
+        Self::FimCompletions,
+        Self::Infill,
+        Self::Responses,
+        Self::Messages,
+        Self::CountTokens,
+        Self::OllamaChat,
+        Self::OllamaGenerate,
+        Self::Tokenize,
+        Self::Detokenize,
+        Self::GrpcGenerate,
+        Self::GrpcChat,
+        Self::GrpcVllmGenerate,
+        Self::GrpcModelInfer,
+    ];
 
     fn label(self) -> &'static str {
         match self {
             Self::Chat => "chat",
             Self::Completions => "completions",
+            Self::FimCompletions => "fim_completions",
+            Self::Infill => "infill",
+            Self::Responses => "responses",
+            Self::Messages => "messages",
+            Self::CountTokens => "count_tokens",
+            Self::OllamaChat => "ollama_chat",
+            Self::OllamaGenerate => "ollama_generate",
             Self::Tokenize => "tokenize",
             Self::Detokenize => "detokenize",
             Self::GrpcGenerate => "grpc_generate",
             Self::GrpcChat => "grpc_chat",
+            Self::GrpcVllmGenerate => "grpc_vllm_generate",
+            Self::GrpcModelInfer => "grpc_model_infer",
         }
     }
 }
@@ -221,6 +254,8 @@ impl From<&crate::error::ApiError> for Outcome {
             ApiError::InvalidRequest { .. }
             | ApiError::ContextTooLong { .. }
             | ApiError::ModelNotFound { .. }
+            | ApiError::NotFound { .. }
+            | ApiError::NotImplemented { .. }
             | ApiError::TooLarge { .. } => Self::Invalid,
             #[allow(unreachable_patterns, reason = "errors are added beside the table that maps them")]
             _ => Self::Invalid,

@@ -4,13 +4,24 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use quire_engine::{ModelInfo, ModelSource};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::chat_template::ChatTemplate;
 use crate::detokenizer::TokenTable;
+use crate::fim::FimTokens;
 use crate::generation::Limits;
 use crate::gguf;
 use crate::tokenizer::TextTokenizer;
+
+/// What a tokenizer is made of, and a conversation's prompt.
+const TOKENIZER_FILES: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+];
 
 /// A model's text files cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -21,19 +32,19 @@ pub struct LoadError {
 }
 
 /// What `generation_config.json` recommends. A request's own values come first.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 pub struct GenerationDefaults {
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<i64>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f64>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_p: Option<f64>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub typical_p: Option<f64>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repetition_penalty: Option<f64>,
 }
 
@@ -45,7 +56,9 @@ pub struct ServedModel {
     fingerprint: String,
     tokenizer: Arc<TextTokenizer>,
     chat_template: Option<Arc<ChatTemplate>>,
+    fim: Option<Arc<FimTokens>>,
     defaults: GenerationDefaults,
+    source: ModelSource,
 }
 
 /// A model's text side, read: what can be had before the engine's side is known.
@@ -53,6 +66,7 @@ pub struct TextSide {
     tokenizer: TextTokenizer,
     chat_template: Option<ChatTemplate>,
     defaults: GenerationDefaults,
+    source: ModelSource,
 }
 
 impl TextSide {
@@ -77,7 +91,7 @@ impl TextSide {
                 (TextTokenizer::load(&tokenizer, 0)?, ChatTemplate::load(source, limits)?)
             }
         };
-        Ok(Self { tokenizer, chat_template, defaults: read_defaults(source)? })
+        Ok(Self { tokenizer, chat_template, defaults: read_defaults(source)?, source: source.clone() })
     }
 }
 
@@ -89,7 +103,7 @@ impl ServedModel {
 
     /// Both sides of a model.
     pub fn new(text: TextSide, name: String, info: &ModelInfo) -> Self {
-        let TextSide { mut tokenizer, chat_template, defaults } = text;
+        let TextSide { mut tokenizer, chat_template, defaults, source } = text;
         tokenizer.cover(info.vocab_size);
         let digest: String = info.digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
         Self {
@@ -97,9 +111,11 @@ impl ServedModel {
             info: info.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             fingerprint: format!("quire-{}-{digest}", env!("CARGO_PKG_VERSION")),
+            fim: FimTokens::find(&tokenizer, info.vocab_size).map(Arc::new),
             tokenizer: Arc::new(tokenizer),
             chat_template: chat_template.map(Arc::new),
             defaults,
+            source,
         }
     }
 
@@ -135,6 +151,31 @@ impl ServedModel {
     /// `None` where the model is not made for conversations.
     pub fn chat_template(&self) -> Option<&Arc<ChatTemplate>> {
         self.chat_template.as_ref()
+    }
+
+    /// How the model's vocabulary writes a gap between two texts.
+    pub fn fim(&self) -> Option<&FimTokens> {
+        self.fim.as_deref()
+    }
+
+    pub(crate) fn fim_tokens(&self) -> Option<&Arc<FimTokens>> {
+        self.fim.as_ref()
+    }
+
+    /// The files that another program needs to tokenize like this one, by name. Reads them: for a thread that may wait.
+    pub fn tokenizer_files(&self) -> std::io::Result<Vec<(&'static str, Vec<u8>)>> {
+        if let ModelSource::Gguf(path) = &self.source {
+            let metadata = quire_engine::gguf::read_metadata(path).map_err(std::io::Error::other)?;
+            let json = gguf::tokenizer_json(&metadata).map_err(std::io::Error::other)?;
+            return Ok(vec![("tokenizer.json", json)]);
+        }
+        let mut files = Vec::new();
+        for name in TOKENIZER_FILES {
+            if let Some(bytes) = self.source.read(name)? {
+                files.push((name, bytes.into_owned()));
+            }
+        }
+        Ok(files)
     }
 
     pub fn defaults(&self) -> &GenerationDefaults {

@@ -234,7 +234,7 @@ fn is_invisible(c: char) -> bool {
 }
 
 /// RFC 3339 in UTC. Days to a date by Howard Hinnant's `civil_from_days`.
-fn format_time(seconds: u64, milliseconds: u32) -> String {
+pub(crate) fn format_time(seconds: u64, milliseconds: u32) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let shifted = days + 719_468;
     let era = shifted / 146_097;

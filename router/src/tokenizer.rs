@@ -154,6 +154,21 @@ impl TextTokenizer {
         Cow::Owned(guarded)
     }
 
+    /// The id of a token, spelled as the vocabulary spells it.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.start.token_to_id(token)
+    }
+
+    /// What the model's post-processor puts before a text (BOS).
+    pub fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
+    /// Appends the tokens of plain text that follows a special token.
+    pub fn encode_behind_special(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), EncodeError> {
+        self.encode_segment(self.following.as_ref().unwrap_or(&self.start), text, ids)
+    }
+
     fn encode_parsed(&self, text: &str, mark: Option<&str>, add_special_tokens: bool) -> Result<Vec<u32>, EncodeError> {
         let mut ids = Vec::new();
         self.begin(add_special_tokens, &mut ids);

@@ -15,6 +15,7 @@ use tracing::Instrument;
 use crate::body_budget::BodyBudget;
 use crate::detokenizer::SpecialTokenText;
 use crate::error::ApiError;
+use crate::fim::FimTokens;
 use crate::inflight::{Entered, Inflight};
 use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::random::{random_seed, request_id};
@@ -24,7 +25,7 @@ use crate::worker::{TokenSource, Worker};
 use super::choice::{Choice, ChoiceRules};
 use super::text::{TextPool, TextWork, check_input};
 use super::validate::{self, invalid};
-use super::{GenerationEvent, GenerationRequest, Input, Limits, Resume, Usage};
+use super::{GenerationEvent, GenerationRequest, Input, Keep, Limits, Resume, Usage};
 
 /// What a [`GenerationService`] is made of.
 pub struct ServiceParts {
@@ -87,6 +88,19 @@ impl GenerationService {
         let resume = params.resume.clone();
         let mut checked = validate::check(params, model.defaults(), limits, model.info())?;
         check_input(&input, model, limits)?;
+        let mut eos_token_ids = if ignore_eos { Vec::new() } else { model.info().eos_token_ids.clone() };
+        if matches!(input, Input::Fim(_)) {
+            if checked.truncation.is_some() {
+                return Err(invalid("truncate_prompt_tokens", "cannot be used for fill-in-the-middle"));
+            }
+            if !ignore_eos {
+                let ends = model.fim().map(FimTokens::ends).unwrap_or_default();
+                eos_token_ids.extend(ends);
+                checked.stop_token_ids.extend(ends);
+                checked.stop_token_ids.sort_unstable();
+                checked.stop_token_ids.dedup();
+            }
+        }
 
         let created = now_seconds();
         let (prompt, bad_words) = match input {
@@ -101,7 +115,7 @@ impl GenerationService {
                 before(deadline, encode.instrument(tracing::debug_span!("tokenize"))).await?
             }
         };
-        let prompt = self.fitted(prompt, checked.truncate_prompt_tokens)?;
+        let prompt = self.fitted(prompt, checked.truncation)?;
         let max_tokens = validate::output_len(prompt.len(), &checked, model.info())?;
         if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             return Err(ApiError::DeadlineExceeded);
@@ -135,7 +149,7 @@ impl GenerationService {
             include_stop: checked.include_stop,
             min_tokens: checked.min_tokens,
             stop_token_ids: checked.stop_token_ids,
-            eos_token_ids: if ignore_eos { Vec::new() } else { model.info().eos_token_ids.clone() },
+            eos_token_ids,
             special_tokens: checked.special_tokens,
         };
         let mut events = VecDeque::new();
@@ -243,12 +257,12 @@ impl GenerationService {
         self.shared.inflight.fail_all(why);
     }
 
-    /// The last `limit` tokens of a prompt, all of them known to the model.
-    fn fitted(&self, mut prompt: Vec<u32>, limit: Option<usize>) -> Result<Arc<[u32]>, ApiError> {
-        if let Some(limit) = limit
-            && prompt.len() > limit
-        {
-            prompt.drain(..prompt.len() - limit);
+    /// So many of a prompt's tokens, all of them known to the model.
+    fn fitted(&self, mut prompt: Vec<u32>, limit: Option<(usize, Keep)>) -> Result<Arc<[u32]>, ApiError> {
+        match limit {
+            Some((limit, Keep::First)) => prompt.truncate(limit),
+            Some((limit, Keep::Last)) => drop(prompt.drain(..prompt.len().saturating_sub(limit))),
+            None => {}
         }
         // A tokenizer can have more tokens than its model has rows.
         let vocab_size = self.shared.model.info().vocab_size;
@@ -319,6 +333,11 @@ struct Running {
 }
 
 impl Generation {
+    /// Tokens so far; those of the output are counted with the last event.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
     /// The next event; `None` after the last one, which is `Done` or `Error`.
     pub async fn next(&mut self) -> Option<GenerationEvent> {
         std::future::poll_fn(|cx| self.poll_event(cx)).await

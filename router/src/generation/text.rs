@@ -7,6 +7,7 @@ use tokio::sync::Semaphore;
 
 use crate::chat_template::{ChatTemplate, RenderOptions, TemplateError};
 use crate::error::ApiError;
+use crate::fim::{FimInput, FimTokens};
 use crate::random::random_u64;
 use crate::served_model::ServedModel;
 use crate::tokenizer::{EncodeError, SpecialTokens, TextTokenizer};
@@ -78,6 +79,7 @@ impl TextPool {
 pub(super) struct TextWork {
     tokenizer: Arc<TextTokenizer>,
     template: Option<Arc<ChatTemplate>>,
+    fim: Option<Arc<FimTokens>>,
     special_tokens: SpecialTokens,
     now_seconds: u64,
 }
@@ -87,6 +89,7 @@ impl TextWork {
         Self {
             tokenizer: Arc::clone(model.tokenizer()),
             template: model.chat_template().cloned(),
+            fim: model.fim_tokens().cloned(),
             special_tokens: if limits.special_tokens_in_prompts {
                 SpecialTokens::Parsed
             } else {
@@ -105,6 +108,10 @@ impl TextWork {
                 .encode(&text, self.special_tokens, add_special_tokens)
                 .map_err(|error| refused("prompt", error)),
             Input::Chat(chat) => self.encode_chat(chat),
+            Input::Fim(fim) => match &self.fim {
+                Some(tokens) => tokens.encode(&fim, &self.tokenizer).map_err(|error| refused(fim.param, error)),
+                None => Err(no_fim(&fim)),
+            },
         }
     }
 
@@ -172,6 +179,10 @@ fn refused(param: &str, error: EncodeError) -> ApiError {
     ApiError::InvalidRequest { param: Some(param.to_owned()), message: format!("`{param}`: {error}") }
 }
 
+fn no_fim(input: &FimInput) -> ApiError {
+    invalid(input.param, "cannot be used: the model's vocabulary has no fill-in-the-middle tokens")
+}
+
 /// Checks what can be checked before any text is looked at.
 pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -> Result<(), ApiError> {
     let info = model.info();
@@ -189,6 +200,8 @@ pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -
     };
     match input {
         Input::Text { text, .. } => check_bytes(text.len()),
+        Input::Fim(fim) if model.fim().is_none() => Err(no_fim(fim)),
+        Input::Fim(fim) => check_bytes(fim.num_bytes()),
         Input::TokenIds(ids) => {
             if ids.iter().any(|id| *id >= info.vocab_size) {
                 return Err(invalid("prompt", format_args!("must hold token ids below {}", info.vocab_size)));

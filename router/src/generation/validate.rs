@@ -9,7 +9,7 @@ use crate::detokenizer::{SpecialTokenText, StopString};
 use crate::error::ApiError;
 use crate::served_model::GenerationDefaults;
 
-use super::{GenerationParams, Limits};
+use super::{GenerationParams, Keep, Limits, TruncateTo, Truncation};
 
 /// Temperatures below this choose the most likely token: dividing logits by them would overflow.
 const GREEDY_BELOW: f64 = 1e-5;
@@ -31,7 +31,8 @@ pub(super) struct Checked {
     /// Those of the request, then the model's own unless it ignores them.
     pub(super) stop_token_ids: Vec<u32>,
     pub(super) special_tokens: SpecialTokenText,
-    pub(super) truncate_prompt_tokens: Option<usize>,
+    /// Most tokens of the prompt.
+    pub(super) truncation: Option<(usize, Keep)>,
 }
 
 /// A refusal that names the field and says what it must be.
@@ -190,10 +191,17 @@ pub(super) fn check(
     {
         return Err(invalid("cache_salt", format_args!("must have 1 to {MAX_CACHE_SALT_CHARS} characters")));
     }
-    let truncate_prompt_tokens = match params.truncate_prompt_tokens {
-        Some(0) => return Err(invalid("truncate_prompt_tokens", "must be at least 1")),
-        Some(count) => Some(at_most("truncate_prompt_tokens", count, u64::from(model.max_model_len))? as usize),
+    let truncation = match params.truncation {
         None => None,
+        Some(Truncation { to, keep }) => {
+            let len = match to {
+                TruncateTo::Tokens(0) => return Err(invalid("truncate_prompt_tokens", "must be at least 1")),
+                TruncateTo::Tokens(count) => at_most("truncate_prompt_tokens", count, u64::from(model.max_model_len))?,
+                // `max_tokens` is below the model's length.
+                TruncateTo::Fit => model.max_model_len - max_tokens.unwrap_or(1),
+            };
+            Some((len as usize, keep))
+        }
     };
     let logprobs = |param, count: Option<u64>| {
         count.map(|count| at_most(param, count, limits.max_top_logprobs.min(u64::from(vocab_size)))).transpose()
@@ -238,7 +246,7 @@ pub(super) fn check(
             Some(false) => SpecialTokenText::Written,
             Some(true) | None => SpecialTokenText::Skipped,
         },
-        truncate_prompt_tokens,
+        truncation,
     })
 }
 

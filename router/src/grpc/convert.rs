@@ -1,4 +1,8 @@
-//! Wire messages to domain types and back: the only place that knows both.
+//! Wire messages to domain types and back: the only place that knows both. Here `quire.v1`, and beside it the contracts of
+//! others.
+
+pub(super) mod kserve;
+pub(super) mod vllm;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -11,8 +15,8 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 
 use crate::error::ApiError;
 use crate::generation::{
-    ChatInput, ChatMessage, Generation, GenerationEvent, GenerationParams, GenerationRequest, Input, Resume, StopCause,
-    TokenInfo, Usage,
+    ChatInput, ChatMessage, Generation, GenerationEvent, GenerationParams, GenerationRequest, Input, Keep, Resume,
+    StopCause, TokenInfo, TruncateTo, Truncation, Usage,
 };
 use crate::metrics::Endpoint;
 use crate::random;
@@ -191,7 +195,7 @@ fn params(
         skip_special_tokens,
         priority: priority.unwrap_or(0),
         cache_salt,
-        truncate_prompt_tokens,
+        truncation: truncate_prompt_tokens.map(|count| Truncation { to: TruncateTo::Tokens(count), keep: Keep::Last }),
         resume: None,
     }
 }

@@ -12,6 +12,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::convert::{self, Collector};
+use super::start::start;
 use crate::error::ApiError;
 use crate::generation::{Generation, GenerationRequest};
 use crate::lifecycle::Lifecycle;
@@ -29,21 +30,13 @@ impl Handlers {
         Self { lifecycle }
     }
 
-    /// Submits the request that `build` makes of the call's id and deadline.
     async fn start(
         &self,
         metadata: &MetadataMap,
         given_id: String,
         build: impl FnOnce(String, Option<Instant>) -> Result<GenerationRequest, ApiError>,
     ) -> Result<(Generation, String), Status> {
-        let id = convert::request_id(given_id).map_err(|error| convert::status(&error, ""))?;
-        let generation = async {
-            let service = self.lifecycle.service()?;
-            let deadline = convert::deadline(metadata, Instant::now())?;
-            let generation = service.generate(build(id.clone(), deadline)?).await?;
-            Ok((generation, service.model().name().to_owned()))
-        };
-        generation.await.map_err(|error: ApiError| convert::status(&error, &id))
+        start(&self.lifecycle, metadata, given_id, build).await
     }
 
     async fn unary(started: (Generation, String)) -> Result<Response<wire::GenerateResponse>, Status> {

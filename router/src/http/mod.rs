@@ -28,6 +28,7 @@ use crate::random::{is_request_id, request_id};
 use failure::Failure;
 
 pub(crate) use failure::in_dialect;
+pub(crate) use types::sampling_of_json;
 
 /// Fields of the request that nobody looked at.
 const IGNORED_PARAMS: HeaderName = HeaderName::from_static("x-quire-ignored-params");

@@ -50,6 +50,7 @@ pub(super) async fn completions(
         .map(|prompt| JobPrompt {
             echo: match &prompt {
                 _ if !echo => None,
+                Prompt::Fim(_) => None,
                 Prompt::Text(text) => Some(text.clone()),
                 // A longer prompt is refused; its text is not worth the time.
                 Prompt::TokenIds(ids) if ids.len() > service.model().info().max_model_len as usize => None,

@@ -6,7 +6,10 @@
 use serde_json::value::RawValue;
 
 use crate::error::ApiError;
-use crate::generation::{ChatInput, ChatMessage, GenerationParams, Input, Limits, invalid};
+use crate::fim::FimInput;
+use crate::generation::{
+    ChatInput, ChatMessage, GenerationParams, Input, Keep, Limits, TruncateTo, Truncation, invalid,
+};
 use crate::random::is_request_id;
 
 use super::fields::{Fields, Ignored, list, raw_list};
@@ -105,13 +108,25 @@ pub(super) struct CompletionsBody {
 pub(super) enum Prompt {
     Text(String),
     TokenIds(Vec<u32>),
+    Fim(FimInput),
 }
 
 impl Prompt {
+    /// The gap between a prompt and a text behind it.
+    fn before(self, suffix: &str) -> Result<Self, ApiError> {
+        match self {
+            Self::Text(prefix) => {
+                Ok(Self::Fim(FimInput { prefix, suffix: suffix.to_owned(), param: "suffix", ..FimInput::default() }))
+            }
+            _ => Err(invalid("suffix", "needs prompts in text")),
+        }
+    }
+
     pub(super) fn into_input(self, add_special_tokens: bool) -> Input {
         match self {
             Self::Text(text) => Input::Text { text, add_special_tokens },
             Self::TokenIds(ids) => Input::TokenIds(ids),
+            Self::Fim(fim) => Input::Fim(fim),
         }
     }
 }
@@ -156,7 +171,8 @@ impl Body for CompletionsBody {
 
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
-        fields.refuse(&["suffix"])?;
+        // An empty suffix is none, as in OpenAI's API.
+        let suffix = fields.string("suffix")?.filter(|suffix| !suffix.is_empty());
         let mut params = params(&mut fields, limits)?;
         let echo = fields.bool("echo")?.unwrap_or(false);
         let max_tokens = fields.count("max_tokens")?.unwrap_or(DEFAULT_COMPLETION_TOKENS);
@@ -178,6 +194,11 @@ impl Body for CompletionsBody {
         let prompts = match fields.raw("prompt") {
             Some(raw) => prompts(raw, limits)?,
             None => return Err(invalid("prompt", "is needed")),
+        };
+        let prompts = match suffix {
+            None => prompts,
+            Some(_) if echo => return Err(invalid("echo", "cannot be used together with `suffix`")),
+            Some(suffix) => prompts.into_iter().map(|prompt| prompt.before(&suffix)).collect::<Result<_, _>>()?,
         };
         let add_special_tokens = fields.bool("add_special_tokens")?.unwrap_or(true);
         let common = common(&mut fields, params, Ignored::default())?;
@@ -246,11 +267,9 @@ impl Body for DetokenizeBody {
 
 /// Sampling and limits, but for `max_tokens` and `logprobs`, which the endpoints spell differently.
 fn params(fields: &mut Fields<'_>, limits: &Limits) -> Result<GenerationParams, ApiError> {
-    let priority = fields.integer("priority")?.unwrap_or(0);
-    let truncate_prompt_tokens = match fields.integer("truncate_prompt_tokens")? {
-        Some(-1) => return Err(invalid("truncate_prompt_tokens", "must be at least 1; -1 is not supported")),
-        Some(count) => Some(u64::try_from(count).map_err(|_| invalid("truncate_prompt_tokens", "must be at least 1"))?),
-        None => None,
+    let priority = match fields.integer("priority")? {
+        Some(priority) => priority,
+        None => tier_priority(fields)?,
     };
     Ok(GenerationParams {
         max_tokens: None,
@@ -278,16 +297,58 @@ fn params(fields: &mut Fields<'_>, limits: &Limits) -> Result<GenerationParams, 
         skip_special_tokens: fields.bool("skip_special_tokens")?,
         priority: i32::try_from(priority).map_err(|_| invalid("priority", "must be a whole number of 32 bits"))?,
         cache_salt: fields.string("cache_salt")?,
-        truncate_prompt_tokens,
+        truncation: truncation(fields)?,
         // Its tokens would have to be told apart from text: gRPC has the field.
         resume: None,
     })
 }
 
+/// OpenAI's tiers as priorities, for requests that give none: lower is admitted earlier.
+fn tier_priority(fields: &mut Fields<'_>) -> Result<i64, ApiError> {
+    match fields.string("service_tier")?.as_deref() {
+        None | Some("auto" | "default" | "standard_only") => Ok(0),
+        Some("priority") => Ok(-1),
+        Some("flex") => Ok(1),
+        Some(_) => Err(invalid("service_tier", "must be auto, default, flex or priority")),
+    }
+}
+
+/// What becomes of a prompt that is too long.
+fn truncation(fields: &mut Fields<'_>) -> Result<Option<Truncation>, ApiError> {
+    let keep = match fields.string("truncation_side")?.as_deref() {
+        None | Some("left") => Keep::Last,
+        Some("right") => Keep::First,
+        Some(_) => return Err(invalid("truncation_side", "must be left or right")),
+    };
+    let to = match fields.integer("truncate_prompt_tokens")? {
+        None => return Ok(None),
+        Some(-1) => TruncateTo::Fit,
+        Some(count) => {
+            let count = u64::try_from(count)
+                .map_err(|_| invalid("truncate_prompt_tokens", "must be at least 1, or -1 for what fits"))?;
+            TruncateTo::Tokens(count)
+        }
+    };
+    Ok(Some(Truncation { to, keep }))
+}
+
+/// Sampling fields alone, as other contracts than OpenAI's carry them: any other field is refused.
+pub(crate) fn sampling_of_json(json: &[u8], limits: &Limits) -> Result<GenerationParams, ApiError> {
+    let mut fields = Fields::of_body(json)?;
+    fields.refuse(&UNSUPPORTED)?;
+    let mut params = params(&mut fields, limits)?;
+    params.max_tokens = fields.count("max_tokens")?;
+    let mut unknown = Ignored::default();
+    fields.note_ignored(&mut unknown);
+    match unknown.first() {
+        Some(name) => Err(invalid(name, "is not known")),
+        None => Ok(params),
+    }
+}
+
 fn common(fields: &mut Fields<'_>, params: GenerationParams, mut ignored: Ignored) -> Result<Common, ApiError> {
     fields.refuse(&UNSUPPORTED)?;
     fields.refuse_unless("length_penalty", |raw| raw.parse() == Ok(1.0))?;
-    fields.refuse_unless("truncation_side", |raw| raw == "\"left\"")?;
     fields.refuse_unless("spaces_between_special_tokens", |raw| raw == "true")?;
     if let Some(raw) = fields.raw("response_format") {
         let mut format = Fields::of_value(raw, "response_format")?;

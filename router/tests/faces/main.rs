@@ -1,6 +1,7 @@
 //! Both faces over an engine without a model: what they answer, refuse, stream and give back.
 
 mod answers;
+mod contracts;
 mod drain;
 mod endings;
 mod grpc;

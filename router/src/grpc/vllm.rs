@@ -1,0 +1,186 @@
+//! The service `vllm.grpc.engine.VllmEngine`: what gateways drive engines by.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use futures::Stream;
+use futures::stream;
+use quire_proto::smg::grpc::common;
+use quire_proto::vllm::grpc::engine as wire;
+use quire_proto::vllm::grpc::engine::vllm_engine_server::VllmEngine;
+use sha2::{Digest, Sha256};
+use tonic::{Request, Response, Status};
+
+use crate::error::ApiError;
+use crate::generation::GenerationService;
+use crate::lifecycle::Lifecycle;
+use crate::zip;
+
+use super::convert::vllm::Writer;
+use super::convert::{self, vllm as convert_vllm};
+use super::start::start;
+
+type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Bytes of a piece of the tokenizer's archive: well below what clients take in a message.
+const ARCHIVE_PIECE: usize = 1 << 20;
+
+pub(super) struct Handlers {
+    lifecycle: Arc<Lifecycle>,
+    started: Instant,
+    /// Milliseconds since 1970 of the last request; 0 before the first.
+    last_receive: AtomicU64,
+}
+
+impl Handlers {
+    pub(super) fn new(lifecycle: Arc<Lifecycle>) -> Self {
+        Self { lifecycle, started: Instant::now(), last_receive: AtomicU64::new(0) }
+    }
+
+    fn service(&self) -> Result<&GenerationService, Status> {
+        self.lifecycle.service().map_err(|error| convert::status(&error, ""))
+    }
+}
+
+fn since_1970() -> std::time::Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+fn not_implemented(what: &'static str) -> Status {
+    convert::status(&ApiError::NotImplemented { what }, "")
+}
+
+#[tonic::async_trait]
+impl VllmEngine for Handlers {
+    type GenerateStream = Boxed<wire::GenerateResponse>;
+    type GetTokenizerStream = Boxed<common::GetTokenizerChunk>;
+    type SubscribeKvEventsStream = Boxed<common::KvEventBatch>;
+
+    async fn generate(
+        &self,
+        request: Request<wire::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        self.last_receive.store(u64::try_from(since_1970().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        // The extensions hold the body's share of memory until its text is tokens.
+        let (metadata, share, mut message) = request.into_parts();
+        let id = std::mem::take(&mut message.request_id);
+        let streams = message.stream;
+        let wants_prompt_logprobs =
+            message.sampling_params.as_ref().is_some_and(|sampling| sampling.prompt_logprobs.is_some());
+        let build = |id, deadline| convert_vllm::generate_request(message, id, deadline);
+        let (generation, _) = start(&self.lifecycle, &metadata, id, build).await?;
+        drop(share);
+        let id = generation.request_id.clone();
+        let writer = Writer::new(streams, wants_prompt_logprobs, Arc::clone(&generation.prompt_token_ids));
+        let messages = stream::unfold((generation, writer), |(mut generation, mut writer)| async move {
+            loop {
+                let event = generation.next().await?;
+                let message = match writer.message(event, generation.usage()) {
+                    Ok(None) => continue,
+                    Ok(Some(message)) => Ok(message),
+                    Err(error) => Err(convert::status(&error, &generation.request_id)),
+                };
+                return Some((message, (generation, writer)));
+            }
+        });
+        let mut response = Response::new(Box::pin(messages) as Self::GenerateStream);
+        convert::name_request(response.metadata_mut(), &id);
+        Ok(response)
+    }
+
+    async fn embed(&self, _: Request<wire::EmbedRequest>) -> Result<Response<wire::EmbedResponse>, Status> {
+        Err(not_implemented("the served model is no embedding model"))
+    }
+
+    async fn health_check(
+        &self,
+        _: Request<wire::HealthCheckRequest>,
+    ) -> Result<Response<wire::HealthCheckResponse>, Status> {
+        let (healthy, message) = match self.lifecycle.ready() {
+            Ok(()) => (true, String::new()),
+            Err(reason) => (false, reason.why().to_owned()),
+        };
+        Ok(Response::new(wire::HealthCheckResponse { healthy, message }))
+    }
+
+    async fn flush_cache(
+        &self,
+        _: Request<common::FlushCacheRequest>,
+    ) -> Result<Response<common::FlushCacheResponse>, Status> {
+        Err(not_implemented("the prefix cache cannot be flushed: its blocks are evicted when they are needed"))
+    }
+
+    async fn abort(&self, request: Request<wire::AbortRequest>) -> Result<Response<wire::AbortResponse>, Status> {
+        let service = self.service()?;
+        for id in request.into_inner().request_ids {
+            service.abort(&id);
+        }
+        Ok(Response::new(wire::AbortResponse {}))
+    }
+
+    async fn get_model_info(
+        &self,
+        _: Request<wire::GetModelInfoRequest>,
+    ) -> Result<Response<wire::GetModelInfoResponse>, Status> {
+        Ok(Response::new(convert_vllm::model_info(self.service()?.model())))
+    }
+
+    async fn get_server_info(
+        &self,
+        _: Request<wire::GetServerInfoRequest>,
+    ) -> Result<Response<wire::GetServerInfoResponse>, Status> {
+        let service = self.service()?;
+        let uptime = self.started.elapsed().as_secs_f64();
+        let last_receive = self.last_receive.load(Ordering::Relaxed) as f64 / 1000.0;
+        let info = convert_vllm::server_info(service.model().info(), service.num_inflight(), uptime, last_receive);
+        Ok(Response::new(info))
+    }
+
+    async fn get_loads(
+        &self,
+        request: Request<wire::GetLoadsRequest>,
+    ) -> Result<Response<wire::GetLoadsResponse>, Status> {
+        let service = self.service()?;
+        if request.into_inner().dp_rank.is_some_and(|rank| rank != 0) {
+            let message = "`dp_rank` must be 0: there is one rank".to_owned();
+            return Err(convert::status(&ApiError::InvalidRequest { param: Some("dp_rank".into()), message }, ""));
+        }
+        let (info, stats) = (service.model().info(), service.worker().stats());
+        Ok(Response::new(convert_vllm::loads(info, &stats, since_1970().as_secs())))
+    }
+
+    async fn get_tokenizer(
+        &self,
+        _: Request<common::GetTokenizerRequest>,
+    ) -> Result<Response<Self::GetTokenizerStream>, Status> {
+        let service = self.service()?.clone();
+        let archive =
+            tokio::task::spawn_blocking(move || service.model().tokenizer_files().map(|files| zip::store(&files)));
+        let archive = match archive.await {
+            Ok(Ok(archive)) => archive,
+            failed => {
+                let request_id = crate::random::request_id();
+                tracing::error!(request_id, failed = ?failed.map(|read| read.map(|_| ())), "cannot read the tokenizer");
+                return Err(convert::status(&ApiError::Internal { request_id: request_id.clone() }, &request_id));
+            }
+        };
+        let sha256: String = Sha256::digest(&archive).iter().map(|byte| format!("{byte:02x}")).collect();
+        let last = archive.len().saturating_sub(1) / ARCHIVE_PIECE;
+        let archive = axum::body::Bytes::from(archive);
+        let pieces = stream::iter((0..=last).map(move |index| {
+            let (from, to) = (index * ARCHIVE_PIECE, ((index + 1) * ARCHIVE_PIECE).min(archive.len()));
+            let sha256 = if index == last { sha256.clone() } else { String::new() };
+            Ok(common::GetTokenizerChunk { data: archive.slice(from..to).to_vec(), sha256 })
+        }));
+        Ok(Response::new(Box::pin(pieces)))
+    }
+
+    async fn subscribe_kv_events(
+        &self,
+        _: Request<common::SubscribeKvEventsRequest>,
+    ) -> Result<Response<Self::SubscribeKvEventsStream>, Status> {
+        Err(not_implemented("the engine publishes no events of its KV cache"))
+    }
+}
