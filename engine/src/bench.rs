@@ -79,11 +79,17 @@ pub struct ModelBench {
 trait BenchExecutor: Executor {
     /// See [`ModelExecutor::adopt`].
     fn adopt(&mut self, plan: &StepPlan) -> Result<StepOutput, EngineError>;
+    /// See [`ModelExecutor::read_bytes_per_second`].
+    fn read_bytes_per_second(&mut self) -> Option<f64>;
 }
 
 impl<B: Backend> BenchExecutor for ModelExecutor<B> {
     fn adopt(&mut self, plan: &StepPlan) -> Result<StepOutput, EngineError> {
         Self::adopt(self, plan)
+    }
+
+    fn read_bytes_per_second(&mut self) -> Option<f64> {
+        Self::read_bytes_per_second(self)
     }
 }
 
@@ -114,6 +120,12 @@ impl ModelBench {
     /// What the device did at most, right before the model was loaded.
     pub fn peaks(&self) -> &Peaks {
         &self.peaks
+    }
+
+    /// What it reads at most of the model's own weights, measured now: memory is not equally fast everywhere, nor always. The
+    /// figure of [`ModelBench::peaks`] where the device measures no other.
+    pub fn measure_reading(&mut self) -> f64 {
+        self.executor.read_bytes_per_second().unwrap_or(self.peaks.read_bytes_per_second)
     }
 
     /// Computes a prompt of `prompt_len` random tokens `num_runs` times, in chunks of `max_num_batched_tokens`. `None`

@@ -257,6 +257,14 @@ impl<B: Backend> ModelExecutor<B> {
         }
     }
 
+    /// Bytes of the weights that a step reads over the least seconds in which they can be read where they lie. `None` where
+    /// the device does not measure it.
+    pub(crate) fn read_bytes_per_second(&mut self) -> Option<f64> {
+        let work = self.work();
+        let seconds = self.backend.seconds_of_reading(&self.model.decoder.weights_of_step())?;
+        Some((work.layer_bytes + work.output_bytes) as f64 / seconds)
+    }
+
     /// Takes in a plan's rows and blocks as [`Executor::launch`] does, and says that all was computed without computing
     /// it: contexts of any length in no time, where only the pace of what follows is asked for. K and V are whatever
     /// the cache holds, sampled tokens are 0.

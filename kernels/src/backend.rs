@@ -169,6 +169,12 @@ pub trait Backend: Send + Sized + 'static {
 
     /// Packs a matrix for [`Backend::linear`] and [`Backend::embed`].
     fn pack_weight(&mut self, source: &WeightSource<'_>) -> Result<Self::Weight, KernelError>;
+    /// The least seconds in which these packed matrices can be read once, one after the other, with nothing done to them:
+    /// what a step of few rows is measured against. Best of some passes; `None` where a device does not measure it.
+    fn seconds_of_reading(&mut self, weights: &[&Self::Weight]) -> Option<f64> {
+        let _ = weights;
+        None
+    }
     /// Bytes that a packed matrix of this shape takes, for the memory plan.
     fn weight_bytes(&self, shape: &WeightShape) -> usize;
     /// One KV group's cache.

@@ -147,6 +147,16 @@ impl<B: Backend> Decoder<B> {
         &self.config
     }
 
+    /// What a step reads of the weights, in its order: those of the layers, and the output matrix.
+    pub(crate) fn weights_of_step(&self) -> Vec<&B::Weight> {
+        let mut weights = Vec::with_capacity(4 * self.layers.len() + 1);
+        for layer in &self.layers {
+            weights.extend([&layer.qkv, &layer.o, &layer.gate_up, &layer.down].map(|projection| &projection.weight));
+        }
+        weights.push(self.lm_head.as_ref().unwrap_or(&self.embedding));
+        weights
+    }
+
     pub(crate) fn size(&self) -> ModelSize {
         self.size
     }

@@ -176,6 +176,10 @@ impl Backend for CpuBackend {
         linear::cpu::pack_weight(self, source)
     }
 
+    fn seconds_of_reading(&mut self, weights: &[&Self::Weight]) -> Option<f64> {
+        Some(peaks::seconds_of_reading(self, weights.iter().map(|weight| weight.bytes())))
+    }
+
     fn weight_bytes(&self, shape: &linear::WeightShape) -> usize {
         linear::cpu::weight_bytes(self.isa, shape)
     }

@@ -4,12 +4,21 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use super::buffer::AlignedBytes;
-use super::lanes::{LANES, Lanes, Vectorized, vectorize};
+use super::lanes::{LANES, Lanes, Vectorized, prefetch, vectorize};
 use super::{CpuBackend, Isa};
 use crate::{DType, KernelError};
 
 /// Bytes read by [`read_bytes_per_second`]: several times the largest cache, as the weights of a model are.
 const READ_BYTES: usize = 1 << 30;
+
+/// What is read in one go: a few cache lines.
+const READ_PIECE: usize = 4 * LINE_BYTES;
+
+/// One vector.
+const LINE_BYTES: usize = LANES * size_of::<f32>();
+
+/// As far as the products look ahead.
+const READ_AHEAD_BYTES: usize = 8192;
 
 /// Best of so many tries: the machine may have other work.
 const NUM_TRIES: usize = 5;
@@ -42,18 +51,26 @@ fn read_bytes_per_second(backend: &CpuBackend) -> Result<f64, KernelError> {
     let mut memory = AlignedBytes::zeroed("bandwidth measurement", READ_BYTES)?;
     // Pages that nobody wrote are all the same page of zeros.
     memory.view_mut::<u8>().fill(1);
-    let (isa, numbers) = (backend.isa, memory.view::<f32>());
-    let seconds = best_seconds(|| {
-        backend.pool.run_ranges(numbers.len(), 1024, &|_, range| {
-            black_box(vectorize(isa, Read { numbers: &numbers[range] }));
-        });
-    });
-    Ok(READ_BYTES as f64 / seconds)
+    Ok(READ_BYTES as f64 / seconds_of_reading(backend, std::iter::once(memory.view::<u8>())))
 }
 
-/// Adds up all numbers, so that each is read once.
+/// Of memory in these parts, one after the other: a machine with several memories reads one faster than another, so what a
+/// model is held against is reading where the model lies.
+pub(crate) fn seconds_of_reading<'a>(backend: &CpuBackend, parts: impl Iterator<Item = &'a [u8]> + Clone) -> f64 {
+    let isa = backend.isa;
+    best_seconds(|| {
+        for part in parts.clone() {
+            backend.pool.run_ranges(part.len() / READ_PIECE, 1, &|_, range| {
+                let bytes = &part[range.start * READ_PIECE..range.end * READ_PIECE];
+                black_box(vectorize(isa, Read { bytes }));
+            });
+        }
+    })
+}
+
+/// Adds up all bytes as if they were numbers, so that each is read once. At most a piece at the end is left out.
 struct Read<'a> {
-    numbers: &'a [f32],
+    bytes: &'a [u8],
 }
 
 impl Vectorized for Read<'_> {
@@ -61,17 +78,12 @@ impl Vectorized for Read<'_> {
 
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) -> f32 {
-        const UNROLL: usize = 4;
-        let mut sums = [simd.splat(0.0); UNROLL];
-        for lines in self.numbers.chunks_exact(UNROLL * LANES) {
-            for (sum, line) in sums.iter_mut().zip(lines.chunks_exact(LANES)) {
-                #[cfg(target_arch = "x86_64")]
-                {
-                    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                    // SAFETY: fetching ahead reads nothing, whatever the address.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(1024).cast()) };
-                }
-                *sum = simd.add(*sum, simd.load_slice(line, 0.0));
+        let mut sums = [simd.splat(0.0); READ_PIECE / LINE_BYTES];
+        for piece in self.bytes.chunks_exact(READ_PIECE) {
+            for (sum, line) in sums.iter_mut().zip(piece.chunks_exact(LINE_BYTES)) {
+                prefetch(line.as_ptr().wrapping_add(READ_AHEAD_BYTES));
+                // SAFETY: a line is 16 numbers of 4 bytes; loads need no alignment, and any bits are a number.
+                *sum = simd.add(*sum, unsafe { simd.load(line.as_ptr().cast()) });
             }
         }
         simd.sum(sums.into_iter().reduce(|a, b| simd.add(a, b)).expect("there are some"))
@@ -241,8 +253,9 @@ mod tests {
     #[test]
     fn reading_adds_up_every_number() {
         let numbers = [0.5_f32; 20 * 4 * LANES];
+        let bytes = numbers.map(f32::to_ne_bytes).concat();
         for isa in Isa::available() {
-            assert_eq!(vectorize(isa, Read { numbers: &numbers }), 0.5 * numbers.len() as f32, "{isa}");
+            assert_eq!(vectorize(isa, Read { bytes: &bytes }), 0.5 * numbers.len() as f32, "{isa}");
         }
     }
 }

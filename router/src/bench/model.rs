@@ -39,7 +39,9 @@ struct Row {
     /// Weights and KV cache.
     bytes: u64,
     gb_per_second: f64,
-    /// Of the measured read bandwidth.
+    /// At most, of the model's weights, right before and after; the better of both.
+    read_peak_gb_per_second: f64,
+    /// `gb_per_second` of it.
     read_ratio: f64,
     gflops: f64,
     /// Of the measured peak of the type that weights are multiplied as.
@@ -120,26 +122,29 @@ pub(super) fn run(options: &Options, file: Option<&Path>, flags: &[Flag]) -> Res
     println!("{}, {}, {} threads", info.device.name, info.device.isa, info.device.num_units);
     let peaks = PeakFigures::of(model.peaks());
     println!("peaks: {peaks}");
-    println!("   kind  batch  depth  tokens/s        ms   MB read    GB/s  of peak    GFLOP/s  of peak");
+    println!("   kind  batch  depth  tokens/s        ms   MB read    GB/s  of most  of it    GFLOP/s  of peak");
     let (mut rows, mut left_out) = (Vec::new(), Vec::new());
-    let mut add = |model: &ModelBench, kind, batch, depth, measured: &Measured| {
-        let row = Row::new(model, kind, batch, depth, measured);
+    let mut add = |model: &mut ModelBench, read_peak: f64, kind, batch, depth, measured: &Measured| {
+        let read_peak = read_peak.max(model.measure_reading());
+        let row = Row::new(model, read_peak, kind, batch, depth, measured);
         row.print();
         rows.push(row);
     };
     let num_runs = options.num_steps.min(5);
+    let read_peak = model.measure_reading();
     if let Some(measured) = model.prefill(options.prompt_len, num_runs).map_err(|error| failed(error.to_string()))? {
-        add(&model, "prefill", 1, 0, &measured);
+        add(&mut model, read_peak, "prefill", 1, 0, &measured);
     }
     for &depth in &options.depths {
         for &batch in &options.batches {
+            let read_peak = model.measure_reading();
             let measured = model.decode(batch, depth, options.num_steps).map_err(|error| failed(error.to_string()))?;
             match measured {
                 None => {
                     println!(" decode {batch:>6} {depth:>6}  does not fit");
                     left_out.push([batch, depth]);
                 }
-                Some(measured) => add(&model, "decode", batch, depth, &measured),
+                Some(measured) => add(&mut model, read_peak, "decode", batch, depth, &measured),
             }
         }
     }
@@ -178,7 +183,14 @@ pub(super) fn run(options: &Options, file: Option<&Path>, flags: &[Flag]) -> Res
 }
 
 impl Row {
-    fn new(model: &ModelBench, kind: &'static str, batch: u32, depth: u32, measured: &Measured) -> Self {
+    fn new(
+        model: &ModelBench,
+        read_peak: f64,
+        kind: &'static str,
+        batch: u32,
+        depth: u32,
+        measured: &Measured,
+    ) -> Self {
         let seconds = measured.time.as_secs_f64();
         let (bytes_per_second, flops_per_second) = (measured.bytes as f64 / seconds, measured.flops as f64 / seconds);
         let peaks = model.peaks();
@@ -196,7 +208,8 @@ impl Row {
             milliseconds: seconds * 1e3,
             bytes: measured.bytes,
             gb_per_second: bytes_per_second / 1e9,
-            read_ratio: bytes_per_second / peaks.read_bytes_per_second,
+            read_peak_gb_per_second: read_peak / 1e9,
+            read_ratio: bytes_per_second / read_peak,
             gflops: flops_per_second / 1e9,
             compute_ratio: flops_per_second / compute_peak,
         }
@@ -204,7 +217,7 @@ impl Row {
 
     fn print(&self) {
         println!(
-            "{:>7} {:>6} {:>6} {:>9.1} {:>9.2} {:>9.1} {:>7.2} {:>7.1}% {:>10.1} {:>7.1}%",
+            "{:>7} {:>6} {:>6} {:>9.1} {:>9.2} {:>9.1} {:>7.2} {:>8.2} {:>5.1}% {:>10.1} {:>7.1}%",
             self.kind,
             self.batch,
             self.depth,
@@ -212,6 +225,7 @@ impl Row {
             self.milliseconds,
             mb(self.bytes),
             self.gb_per_second,
+            self.read_peak_gb_per_second,
             100.0 * self.read_ratio,
             self.gflops,
             100.0 * self.compute_ratio

@@ -56,6 +56,11 @@ impl CpuWeight {
         &self.shape
     }
 
+    /// All of it as it lies in memory.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.panels.view::<u8>()
+    }
+
     pub(super) fn num_steps(&self) -> usize {
         self.shape.in_features.div_ceil(self.kernel.features_per_step)
     }
