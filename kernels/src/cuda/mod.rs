@@ -5,6 +5,7 @@
 
 pub mod backend;
 pub mod device;
+pub mod driver;
 pub mod fault;
 pub mod memory;
 pub mod ptx;
@@ -14,6 +15,7 @@ pub mod recorder;
 pub use crate::ops::linear::cuda::CudaWeight;
 pub use backend::CudaBackend;
 pub use device::{Arg, Device, DeviceFacts, DevicePtr, GraphId, KernelId, Launch};
+pub use driver::Driver;
 pub use fault::Fault;
 pub(crate) use memory::Workspace;
 pub use memory::{CudaBuffer, CudaKv};
@@ -22,7 +24,8 @@ use cudarc::driver::DriverError;
 use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
-use crate::cuda::device::failure;
+use self::device::failure;
+use self::driver::failed;
 use crate::{DeviceInfo, KernelError};
 
 /// The CUDA devices of this machine, in the driver's order. Fails with one clear line where there is no driver, no
@@ -55,11 +58,6 @@ fn describe(ordinal: i32) -> Result<DeviceInfo, DriverError> {
         isa: format!("sm_{major}{minor}"),
         num_units: usize::try_from(num_units).unwrap_or(0),
     })
-}
-
-fn failed(what: &str, error: DriverError) -> KernelError {
-    let reason = error.error_string().map_or("no reason given".into(), |reason| reason.to_string_lossy());
-    failure(format!("{what}: {reason}"))
 }
 
 #[cfg(test)]

@@ -54,7 +54,6 @@ struct Buffer {
 #[derive(Clone)]
 enum Recorded {
     Launch { kernel: KernelId, grid: [u32; 3], block: [u32; 3], shared_bytes: u32, args: Vec<Arg> },
-    Copy { from: DevicePtr, to: DevicePtr, bytes: usize },
     Fill { to: DevicePtr, byte: u8, bytes: usize },
 }
 
@@ -156,13 +155,6 @@ impl Emulator {
         match recorded {
             Recorded::Launch { kernel, grid, block, shared_bytes, args } => {
                 self.run(&Launch { kernel: *kernel, grid: *grid, block: *block, shared_bytes: *shared_bytes, args })
-            }
-            &Recorded::Copy { from, to, bytes } => {
-                let (from, to) = (self.range(from, bytes)?, self.range(to, bytes)?);
-                // SAFETY: both ranges are in buffers of this device, and do not overlap by contract; even then nothing
-                // is harmed by `copy`.
-                unsafe { std::ptr::copy(from, to, bytes) };
-                Ok(())
             }
             &Recorded::Fill { to, byte, bytes } => {
                 let to = self.range(to, bytes)?;
@@ -304,10 +296,6 @@ impl Device for Emulator {
     fn download(&mut self, from: DevicePtr, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.not_recording("a download")?;
         self.download_to(from, bytes)
-    }
-
-    fn copy(&mut self, from: DevicePtr, to: DevicePtr, bytes: usize) -> Result<(), KernelError> {
-        self.enqueue(Recorded::Copy { from, to, bytes })
     }
 
     fn fill(&mut self, to: DevicePtr, byte: u8, bytes: usize) -> Result<(), KernelError> {
