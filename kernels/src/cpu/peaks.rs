@@ -153,13 +153,15 @@ impl<const N: usize> Vectorized for Multiply<N> {
 fn int8_ops_per_second(backend: &CpuBackend) -> f64 {
     match backend.isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a backend is made only for instructions that the machine has; both AVX-512 sets include VNNI.
         Isa::Avx512 | Isa::Avx512Bf16 => {
+            // SAFETY: a backend is made only for instructions that the machine has; both AVX-512 sets include VNNI.
             rounds_per_second(backend, || unsafe { x86::int8_avx512() }) * x86::AVX512_OPS as f64
         }
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Isa::Avx2 => rounds_per_second(backend, || unsafe { x86::int8_avx2() }) * x86::AVX2_OPS as f64,
+        Isa::Avx2 => {
+            // SAFETY: as above.
+            rounds_per_second(backend, || unsafe { x86::int8_avx2() }) * x86::AVX2_OPS as f64
+        }
         _ => rounds_per_second(backend, int8_portable) * PORTABLE_OPS as f64,
     }
 }
