@@ -93,6 +93,9 @@ pub struct EngineConfig {
     pub kv_cache_memory: u64,
     /// 1 plans the next step while one is computing; 0 plans after it. Worth it where the device is not this CPU.
     pub pipeline_depth: u32,
+    /// Threads that compute which tokens a grammar allows, while the device computes the step; 0 is half of the cores, at
+    /// most 4. More help where many requests have grammars and the device is not this CPU.
+    pub mask_threads: usize,
 }
 
 impl Default for EngineConfig {
@@ -106,6 +109,7 @@ impl Default for EngineConfig {
             num_threads: 0,
             kv_cache_memory: 0,
             pipeline_depth: 0,
+            mask_threads: 0,
         }
     }
 }

@@ -10,6 +10,7 @@ use quire_scheduler::{
 };
 use tokio::sync::{mpsc, oneshot};
 
+use crate::constraint::Grammar;
 use crate::error::SubmitError;
 use crate::sampler;
 
@@ -45,6 +46,8 @@ pub struct Submission {
     pub stop_token_ids: Vec<u32>,
     /// When to give up.
     pub deadline: Option<Instant>,
+    /// What every choice obeys.
+    pub grammar: Option<Arc<dyn Grammar>>,
 }
 
 /// What a [`TokenStream`] yields. Each choice ends with exactly one `Finished`, unless `Failed` ends all of them.

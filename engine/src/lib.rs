@@ -14,12 +14,14 @@
 
 pub mod bench;
 mod config;
+mod constraint;
 mod error;
 mod executor;
 pub mod gguf;
 mod handle;
 mod input_batch;
 mod kv_cache;
+mod masks;
 mod memory;
 mod model_executor;
 mod model_files;
@@ -35,6 +37,7 @@ mod weights;
 pub use config::{
     DTypeChoice, DeviceChoice, EngineConfig, KvDTypeChoice, LoadFormat, PolicyChoice, QuantizeChoice, SchedulerSettings,
 };
+pub use constraint::{Grammar, NotAllowed, TokenConstraint};
 pub use error::{EngineError, SubmitError};
 pub use executor::Executor;
 pub use handle::{EngineHandle, EngineHealth, MAX_LOGPROBS, ModelInfo, Submission, TokenEvent, TokenStream};

@@ -6,21 +6,25 @@
 
 mod decode_graphs;
 mod device_model;
+mod masked;
 mod scores;
 mod tables;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use quire_kernels::ops::sample::NON_FINITE;
 use quire_kernels::{Backend, DType, KernelError, StepLimits};
-use quire_scheduler::{Admission, SequenceOutput, StepOutput, StepPlan};
+use quire_scheduler::{Admission, RowId, SequenceOutput, StepOutput, StepPlan};
 
 use crate::config::{DTypeChoice, EngineConfig, KvDTypeChoice, SchedulerSettings};
+use crate::constraint::Grammar;
 use crate::error::EngineError;
 use crate::executor::Executor;
 use crate::handle::{MAX_LOGPROBS, ModelInfo};
 use crate::input_batch::{InputBatch, TableShape, WantedLogprobs};
 use crate::kv_cache::{self, Budget, KvPlan};
+use crate::masks::Masks;
 use crate::memory;
 use crate::model_files::ModelFiles;
 use crate::models::decoder::{Decoder, EMBEDDING, WeightChoice};
@@ -28,6 +32,7 @@ use crate::sampler::SamplerRows;
 use crate::source::ModelSource;
 use decode_graphs::{DecodeGraphs, Recorded};
 use device_model::DeviceModel;
+use masked::MaskedRow;
 use scores::Scores;
 
 /// Most steps that are launched and not collected.
@@ -40,6 +45,9 @@ pub(crate) struct ModelExecutor<B: Backend> {
     batch: InputBatch,
     graphs: DecodeGraphs<B::Graph>,
     sampler_rows: SamplerRows,
+    masks: Masks,
+    /// Grammars of the sequences that enter rows with the next plan.
+    entering: Vec<(RowId, Arc<dyn Grammar>)>,
     scores: Scores,
     /// Oldest first.
     in_flight: VecDeque<InFlight<B>>,
@@ -60,6 +68,11 @@ struct InFlight<B: Backend> {
     num_top: usize,
     /// Sequences whose prompt had logits that are no numbers.
     non_finite: Vec<u32>,
+    /// Sampled tokens that grammars were not told yet.
+    masked: Vec<MaskedRow>,
+    /// Of sampled tokens: those whose grammar has no way on, and those that bad words may leave nothing to choose.
+    nothing_allowed: Vec<u32>,
+    restricted: Vec<u32>,
     /// Sampled tokens, then values and ids of their log probabilities.
     readback: B::Readback,
 }
@@ -154,6 +167,7 @@ impl<B: Backend> ModelExecutor<B> {
         };
         let model = DeviceModel::alloc(&mut backend, decoder, &kv_plan, shape)?;
         backend.reserve(&limits)?;
+        let masks = Masks::new(shape.max_num_seqs, vocab_size, engine.mask_threads)?;
         let spare = (0..MAX_IN_FLIGHT).map(|_| InFlight::new(&mut backend, &shape)).collect::<Result<_, _>>()?;
         let executor = Self {
             backend,
@@ -161,6 +175,8 @@ impl<B: Backend> ModelExecutor<B> {
             batch: InputBatch::new(shape),
             graphs: DecodeGraphs::new(shape.max_num_seqs),
             sampler_rows: SamplerRows::default(),
+            masks,
+            entering: Vec::new(),
             scores: Scores::default(),
             in_flight: VecDeque::with_capacity(MAX_IN_FLIGHT),
             spare,
@@ -175,22 +191,41 @@ impl<B: Backend> ModelExecutor<B> {
         let prompt = &*admission.request.prompt;
         self.backend.write_u32(&mut tables.token_table, offset, prompt)?;
         self.backend.write_u32(&mut tables.token_table, offset + prompt.len(), &admission.generated)?;
-        self.sampler_rows.set(&mut self.backend, sampler, admission, *vocab_size)
+        let row = admission.row.0 as usize;
+        let entering = self.entering.iter().position(|(row, _)| *row == admission.row);
+        match entering {
+            Some(index) => {
+                let (_, grammar) = self.entering.swap_remove(index);
+                self.masks.enter(row, grammar, &admission.request, &admission.generated);
+            }
+            None => self.masks.leave(row),
+        }
+        self.sampler_rows.set(&mut self.backend, sampler, admission, *vocab_size, entering.is_some())
     }
 
     /// Uploads the step's arrays, runs the layers and chooses tokens.
-    fn compute(&mut self, num_top: usize) -> Result<(), KernelError> {
-        let Self { backend, model, batch, graphs, .. } = self;
+    fn compute(&mut self, step: &mut InFlight<B>) -> Result<(), KernelError> {
+        let Self { backend, model, batch, graphs, masks, in_flight, .. } = self;
+        let num_top = step.num_top;
         let num_sampled = batch.num_sampled;
         // Where logits take several tiles, the log probabilities of one come before the logits of the next.
         let is_one_tile = num_sampled <= model.shape.logits_tile;
-        let size = match backend.can_capture() && batch.only_decodes() && (is_one_tile || num_top == 0) {
+        // Masks are written between the forward pass and sampling, which a recording does in one go.
+        let has_masks = masked::has_masks(batch, masks);
+        let may_replay = batch.only_decodes() && (is_one_tile || num_top == 0) && !has_masks;
+        let size = match backend.can_capture() && may_replay {
             true => graphs.size_for(num_sampled),
             false => None,
         };
         let Some(size) = size else {
             model.tables.upload(backend, batch)?;
             model.forward(backend, batch.positions.len(), batch.rows.len())?;
+            if has_masks {
+                if let Some(last) = in_flight.back_mut() {
+                    masked::tell_grammars(backend, masks, last)?;
+                }
+                masked::set_masks(backend, model, masks, batch, step)?;
+            }
             for first in (0..num_sampled).step_by(model.shape.logits_tile) {
                 let len = model.shape.logits_tile.min(num_sampled - first);
                 model.choose(backend, first, len)?;
@@ -362,6 +397,10 @@ impl<B: Backend> ModelExecutor<B> {
 }
 
 impl<B: Backend> Executor for ModelExecutor<B> {
+    fn constrain(&mut self, row: RowId, grammar: &Arc<dyn Grammar>) {
+        self.entering.push((row, Arc::clone(grammar)));
+    }
+
     fn launch(&mut self, plan: &StepPlan) -> Result<(), EngineError> {
         let step = self.spare.pop().expect("a step is collected before the one after the next is launched");
         // What fails ends the executor, and the step with it.
@@ -372,6 +411,8 @@ impl<B: Backend> Executor for ModelExecutor<B> {
 
     fn collect(&mut self) -> Result<StepOutput, EngineError> {
         let mut step = self.in_flight.pop_front().expect("a step is launched before it is collected");
+        // Before anyone hears of a token it is known to be one that its grammar allows.
+        masked::tell_grammars(&mut self.backend, &mut self.masks, &mut step)?;
         let words = match step.num_sampled {
             0 => &[],
             _ => self.backend.finish_read(&mut step.readback)?,
@@ -387,6 +428,13 @@ impl<B: Backend> Executor for ModelExecutor<B> {
             let logprobs = token.and_then(|(index, _)| logprobs.next_if(|wanted| wanted.0 == index));
             match token {
                 _ if !is_finite => output.sequences.push(SequenceOutput::NonFinite),
+                Some((index, _)) if step.nothing_allowed.contains(&index) => {
+                    output.sequences.push(SequenceOutput::NothingAllowed);
+                }
+                // Numbers that are not finite are reported so where nothing else can be the cause.
+                Some((index, &NON_FINITE)) if step.restricted.contains(&index) => {
+                    output.sequences.push(SequenceOutput::NothingAllowed);
+                }
                 Some((_, &NON_FINITE)) => output.sequences.push(SequenceOutput::NonFinite),
                 Some((_, &token)) => {
                     output.push_computed(num_scheduled_tokens, &[token]);
@@ -411,6 +459,7 @@ impl<B: Backend> ModelExecutor<B> {
     fn launch_as(&mut self, mut step: InFlight<B>, plan: &StepPlan) -> Result<InFlight<B>, EngineError> {
         self.batch.build(plan);
         step.reset(plan, &self.batch);
+        plan.released.iter().for_each(|row| self.masks.leave(row.0 as usize));
         for admission in &plan.admitted {
             self.admit(admission)?;
         }
@@ -419,7 +468,8 @@ impl<B: Backend> ModelExecutor<B> {
         }
         step.num_top = step.wanted_logprobs.iter().map(|wanted| wanted.num_top).max().unwrap_or(0) as usize;
         step.num_top = step.num_top.min(self.model.vocab_size);
-        self.compute(step.num_top)?;
+        self.note_restricted(&mut step);
+        self.compute(&mut step)?;
         let Self { backend, model, batch, scores, .. } = self;
         if step.num_sampled > 0 {
             let len = step.wanted_logprobs.len() * (1 + step.num_top);
@@ -452,6 +502,9 @@ impl<B: Backend> InFlight<B> {
             wanted_logprobs: Vec::with_capacity(shape.max_num_seqs),
             num_top: 0,
             non_finite: Vec::new(),
+            masked: Vec::with_capacity(shape.max_num_seqs),
+            nothing_allowed: Vec::new(),
+            restricted: Vec::with_capacity(shape.max_num_seqs),
             readback: backend.alloc_readback(len)?,
         })
     }
@@ -465,6 +518,9 @@ impl<B: Backend> InFlight<B> {
         self.wanted_logprobs.extend_from_slice(&batch.wanted_logprobs);
         self.num_top = 0;
         self.non_finite.clear();
+        self.masked.clear();
+        self.nothing_allowed.clear();
+        self.restricted.clear();
     }
 }
 

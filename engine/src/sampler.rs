@@ -62,13 +62,15 @@ pub(crate) struct SamplerRows {
 
 impl SamplerRows {
     /// Sets the row that `admission` enters; its parameters passed [`check`]. Token ids past the vocabulary are never
-    /// generated, so there is no need to stop at them.
+    /// generated, so there is no need to stop at them. A row that `is_masked` at each step gets its allowed tokens and its
+    /// `min_tokens` with the masks.
     pub(crate) fn set<B: Backend>(
         &mut self,
         backend: &mut B,
         sampler: &mut B::Sampler,
         admission: &Admission,
         vocab_size: usize,
+        is_masked: bool,
     ) -> Result<(), KernelError> {
         let request = &*admission.request;
         let sampling = &request.sampling;
@@ -98,7 +100,7 @@ impl SamplerRows {
             bias: &sampling.logit_bias,
             mask: sampling.allowed_token_ids.is_some().then_some(&*self.mask),
             stop_token_ids: &self.stop_token_ids,
-            min_tokens: request.min_tokens,
+            min_tokens: if is_masked { 0 } else { request.min_tokens },
             bad_words: &sampling.bad_words,
         };
         backend.set_sampler_row(sampler, admission.row.0, &params)

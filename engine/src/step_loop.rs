@@ -9,6 +9,7 @@ use quire_scheduler::{Event, EventKind, IdleCheck, Request, RequestId, Scheduler
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
+use crate::constraint::Grammar;
 use crate::error::{EngineError, SubmitError};
 use crate::executor::Executor;
 use crate::handle::{Commands, EngineHandle, ModelInfo, QueuedSubmission, Shared, TokenEvent, Wait, lock};
@@ -115,6 +116,7 @@ struct LiveRequest {
     num_open: u32,
     /// When a cancellation was first asked for.
     cancelled_at: Option<Instant>,
+    grammar: Option<Arc<dyn Grammar>>,
 }
 
 struct LaunchedStep {
@@ -207,7 +209,9 @@ impl<E: Executor> StepLoop<E> {
         };
         match self.scheduler.submit(request, now) {
             Ok(()) => {
-                self.live.insert(id, LiveRequest { events, num_open: num_choices, cancelled_at: None });
+                let live =
+                    LiveRequest { events, num_open: num_choices, cancelled_at: None, grammar: submission.grammar };
+                self.live.insert(id, live);
                 self.note_stats();
                 if let Err(Ok(mut stream)) = reply.send(Ok(stream)) {
                     // The caller left in this very moment.
@@ -235,6 +239,11 @@ impl<E: Executor> StepLoop<E> {
         let plan = self.scheduler.plan(self.shared.time(began));
         let planned = Instant::now();
         let num_decodes = self.count_decodes(&plan);
+        for admission in &plan.admitted {
+            if let Some(grammar) = self.live.get(&admission.request.id).and_then(|live| live.grammar.as_ref()) {
+                self.executor.constrain(admission.row, grammar);
+            }
+        }
         self.executor.launch(&plan)?;
         // With nothing to compute there is nothing to overlap: what is in flight is all there is to wait for.
         let depth = if plan.is_empty() { 0 } else { self.pipeline_depth };

@@ -10,15 +10,17 @@ use half::bf16;
 use quire_kernels::cpu::{CpuBackend, CpuConfig, Isa};
 use quire_kernels::{Backend, DeviceInfo};
 use quire_scheduler::{
-    CacheSalt, FinishReason, KvGroup, KvGroupKind, Request, SamplingParams, Scheduler, SequenceOutput, StepOutput,
-    StepPlan, TenantId, TokenLogprobs,
+    CacheSalt, FinishReason, KvGroup, KvGroupKind, Request, RowId, SamplingParams, Scheduler, SequenceOutput,
+    StepOutput, StepPlan, TenantId, TokenLogprobs,
 };
 use safetensors::tensor::TensorView;
 
 use crate::config::{EngineConfig, SchedulerSettings};
+use crate::constraint::{Grammar, NotAllowed, TokenConstraint};
 use crate::error::EngineError;
 use crate::executor::Executor;
 use crate::handle::{EngineHandle, ModelInfo, Submission, TokenEvent, TokenStream, lock};
+use crate::masks::Masks;
 use crate::model_executor::ModelExecutor;
 use crate::observer::{StepObserver, StepReport};
 use crate::source::{EmbeddedModel, ModelSource};
@@ -41,14 +43,34 @@ pub struct FakeExecutor {
     next_token: NextToken,
     is_non_finite: IsNonFinite,
     rows: HashMap<u32, FakeRow>,
+    entering: HashMap<u32, Arc<dyn Grammar>>,
+    /// Made for the first grammar.
+    masks: Option<Masks>,
     outputs: VecDeque<StepOutput>,
     spare: Vec<StepOutput>,
 }
+
+/// Most rows of an executor without a model, where grammars are followed.
+const MAX_ROWS: usize = 1024;
 
 struct FakeRow {
     request: Arc<Request>,
     choice_index: u32,
     tokens: Vec<u32>,
+}
+
+impl FakeExecutor {
+    /// `token`, or the next one that the row's grammar allows.
+    fn allowed(&mut self, row: RowId, token: u32) -> Result<u32, NotAllowed> {
+        let row = row.0 as usize;
+        let Some(masks) = &mut self.masks else { return Ok(token) };
+        let Some(entry) = masks.entry(row) else { return Ok(token) };
+        let mask = masks.wait(row)?;
+        let is_allowed = |id: &u32| mask[*id as usize / 32] >> (id % 32) & 1 == 1;
+        let token = (token..self.vocab_size).chain(0..token).find(is_allowed).ok_or(NotAllowed)?;
+        masks.advance(row, entry, token);
+        Ok(token)
+    }
 }
 
 impl FakeExecutor {
@@ -62,6 +84,8 @@ impl FakeExecutor {
             }),
             is_non_finite: Box::new(|_, _| false),
             rows: HashMap::new(),
+            entering: HashMap::new(),
+            masks: None,
             outputs: VecDeque::new(),
             spare: Vec::new(),
         }
@@ -109,17 +133,32 @@ impl FakeExecutor {
 }
 
 impl Executor for FakeExecutor {
+    fn constrain(&mut self, row: RowId, grammar: &Arc<dyn Grammar>) {
+        self.entering.insert(row.0, Arc::clone(grammar));
+    }
+
     fn launch(&mut self, plan: &StepPlan) -> Result<(), EngineError> {
         (self.on_step)(plan)?;
         let mut output = self.spare.pop().unwrap_or_default();
         output.reset(plan.step_id);
         for row in &plan.released {
             self.rows.remove(&row.0);
+            self.masks.iter_mut().for_each(|masks| masks.leave(row.0 as usize));
         }
         for admission in &plan.admitted {
             let tokens = admission.request.prompt.iter().chain(&admission.generated).copied().collect();
             let request = Arc::clone(&admission.request);
-            self.rows.insert(admission.row.0, FakeRow { request, choice_index: admission.choice_index, tokens });
+            let row = admission.row.0 as usize;
+            if let Some(grammar) = self.entering.remove(&admission.row.0) {
+                let masks = self
+                    .masks
+                    .get_or_insert_with(|| Masks::new(MAX_ROWS, self.vocab_size as usize, 1).expect("a thread starts"));
+                masks.enter(row, grammar, &request, &admission.generated);
+            } else if let Some(masks) = &mut self.masks {
+                masks.leave(row);
+            }
+            let row = FakeRow { request, choice_index: admission.choice_index, tokens };
+            self.rows.insert(admission.row.0, row);
         }
         for (index, sequence) in plan.sequences.iter().enumerate() {
             let row = self.rows.get_mut(&sequence.row.0).expect("a scheduled row was admitted");
@@ -139,6 +178,13 @@ impl Executor for FakeExecutor {
                 output.sequences.push(SequenceOutput::NonFinite);
             } else {
                 let token = (self.next_token)(&row.request, row.choice_index, &row.tokens);
+                let allowed = self.allowed(sequence.row, token);
+                let row = self.rows.get_mut(&sequence.row.0).expect("a scheduled row was admitted");
+                let Ok(token) = allowed else {
+                    row.tokens.push(0);
+                    output.sequences.push(SequenceOutput::NothingAllowed);
+                    continue;
+                };
                 row.tokens.push(token);
                 output.push_computed(sequence.num_scheduled_tokens, &[token]);
                 let asked = row.request.sampling.logprobs;
@@ -179,6 +225,55 @@ fn fake_logprobs(token: u32, num_top: u32, vocab_size: u32) -> TokenLogprobs {
     let value = |rank: u32| -0.5 - rank as f32;
     let top = (0..num_top.min(vocab_size)).map(|rank| ((token + rank) % vocab_size, value(rank))).collect();
     TokenLogprobs { logprob: value(0), rank: 1, top }
+}
+
+/// A grammar that allows some half of the tokens, by a hash of all tokens that came before; after some of them it is
+/// complete and allows `end` alone.
+#[derive(Debug)]
+pub struct HashGrammar {
+    /// Tokens are below it.
+    pub vocab_size: u32,
+    /// The token behind a complete output.
+    pub end: u32,
+}
+
+struct HashState {
+    vocab_size: u32,
+    end: u32,
+    hash: u64,
+}
+
+impl HashState {
+    fn allows(&self, id: u32) -> bool {
+        if self.hash % 23 == 7 {
+            return id == self.end;
+        }
+        id < self.vocab_size && (self.hash >> 20 ^ u64::from(id).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) & 1 == 1
+    }
+}
+
+impl Grammar for HashGrammar {
+    fn begin(&self) -> Box<dyn TokenConstraint> {
+        Box::new(HashState { vocab_size: self.vocab_size, end: self.end, hash: 1 })
+    }
+}
+
+impl TokenConstraint for HashState {
+    fn advance(&mut self, token_id: u32) -> Result<(), NotAllowed> {
+        if !self.allows(token_id) {
+            return Err(NotAllowed);
+        }
+        if self.hash % 23 != 7 {
+            self.hash = (self.hash ^ u64::from(token_id)).wrapping_mul(0x100_0000_01b3).rotate_left(23);
+        }
+        Ok(())
+    }
+
+    fn mask(&mut self, mask: &mut [u32]) -> Result<(), NotAllowed> {
+        let allowed = (0..self.vocab_size).filter(|id| self.allows(*id));
+        allowed.for_each(|id| mask[id as usize / 32] |= 1 << (id % 32));
+        Ok(())
+    }
 }
 
 /// Holds steps until a test lets them through. A clone is the same gate.
@@ -473,6 +568,7 @@ pub fn submission(prompt: &[u32], max_tokens: u32) -> Submission {
         min_tokens: 0,
         stop_token_ids: Vec::new(),
         deadline: None,
+        grammar: None,
     }
 }
 

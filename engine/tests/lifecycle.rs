@@ -1,14 +1,14 @@
 //! How an engine starts, fails and ends, and what its callers see of it.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use quire_engine::scheduler::{FinishReason, StepOutput, StepPlan};
+use quire_engine::scheduler::{FinishReason, RowId, StepOutput, StepPlan};
 use quire_engine::testing::{
     FakeExecutor, Gate, Recorder, TinyModel, fake_model, read_all, start_with, submission, tiny_model,
 };
 use quire_engine::{
-    DeviceChoice, EngineConfig, EngineError, EngineHandle, EngineHealth, Executor, LoadFormat, ModelSource,
+    DeviceChoice, EngineConfig, EngineError, EngineHandle, EngineHealth, Executor, Grammar, LoadFormat, ModelSource,
     SchedulerSettings, StepObserver, StepReport, SubmitError, TokenEvent,
 };
 
@@ -26,6 +26,9 @@ fn start(executor: impl Executor, pipeline_depth: u32, recorder: &Recorder) -> E
 struct SaysGoodbye(FakeExecutor, mpsc::Sender<()>);
 
 impl Executor for SaysGoodbye {
+    fn constrain(&mut self, row: RowId, grammar: &Arc<dyn Grammar>) {
+        self.0.constrain(row, grammar);
+    }
     fn launch(&mut self, plan: &StepPlan) -> Result<(), EngineError> {
         self.0.launch(plan)
     }

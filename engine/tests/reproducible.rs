@@ -1,9 +1,13 @@
 //! A request gives the same bits, whatever runs beside it and however it is cut: tokens and log probabilities of random
 //! requests, alone and in random mixtures, over every setting that must not matter.
 
+use std::sync::Arc;
+
 use quire_engine::scheduler::{FinishReason, SamplingParams};
 use quire_engine::testing::gguf::gguf_twins;
-use quire_engine::testing::{ChoiceOutcome, Recorder, TinyModel, read_all, start_on_cpu, submission, tiny_model};
+use quire_engine::testing::{
+    ChoiceOutcome, HashGrammar, Recorder, TinyModel, read_all, start_on_cpu, submission, tiny_model,
+};
 use quire_engine::{
     DTypeChoice, EngineConfig, EngineHandle, KvDTypeChoice, ModelSource, QuantizeChoice, SchedulerSettings, Submission,
     TokenStream,
@@ -60,6 +64,9 @@ fn requests(seed: u64) -> Vec<Submission> {
         }
         if below(6) == 0 {
             sampling.bad_words = vec![vec![below(VOCAB)], vec![below(VOCAB), below(VOCAB)]];
+        }
+        if below(4) == 0 {
+            request.grammar = Some(Arc::new(HashGrammar { vocab_size: VOCAB, end: 2 }));
         }
         if below(3) == 0 {
             request.stop_token_ids = (0..12).map(|_| below(VOCAB)).collect();

@@ -188,6 +188,9 @@ pub trait Backend: Send + Sized + 'static {
         row: u32,
         params: &SamplerRow<'_>,
     ) -> Result<(), KernelError>;
+    /// Replaces the mask of one row (see [`SamplerRow::mask`]) and nothing else, in the order of all that is queued: what
+    /// samples before keeps the mask that it had. `mask` may be written again as soon as the call returns.
+    fn set_sampler_mask(&mut self, sampler: &mut Self::Sampler, row: u32, mask: &[u32]) -> Result<(), KernelError>;
 
     /// See [`Embed`].
     fn embed(&mut self, args: Embed<'_, Self>) -> Result<(), KernelError>;

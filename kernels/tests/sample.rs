@@ -321,6 +321,70 @@ fn rows_that_are_not_finite_are_named_and_disturb_nobody() {
 }
 
 #[test]
+fn a_mask_that_is_replaced_bounds_the_next_token() {
+    const VOCAB: usize = 70;
+    let shape = SamplerShape { max_num_seqs: 2, max_model_len: 8, vocab_size: VOCAB };
+    let likely: Vec<f32> = (0..2 * VOCAB).map(|id| (id % VOCAB) as f32).collect();
+    for mut backend in cpu_backends(&[1, 2]) {
+        let mut sampler = backend.alloc_sampler(&shape).expect("room");
+        let mut logits = backend.alloc(DType::F32, 2 * VOCAB).expect("room");
+        let mut token_table = backend.alloc(DType::U32, 16).expect("room");
+        let mut out = backend.alloc(DType::U32, 2).expect("room");
+        backend.write_f32(&mut logits, 0, &likely).expect("it fits");
+        for row in 0..2 {
+            backend.set_sampler_row(&mut sampler, row, &SamplerRow { temperature: 0.0, ..PLAIN }).expect("good");
+        }
+        let mut rows = backend.alloc(DType::U32, 4).expect("room");
+        backend.write_u32(&mut rows, 0, &[0, 1, 1, 1]).expect("it fits");
+        for (mask, expected) in [
+            (None, [69, 69]),
+            (Some([0, 1 << 3, 0]), [69, 35]),
+            (Some([0b110, 0, 0]), [69, 2]),
+            (Some([u32::MAX, 0, 1 << 5]), [69, 69]),
+            (Some([0; 3]), [69, NON_FINITE]),
+        ] {
+            if let Some(mask) = mask {
+                backend.set_sampler_mask(&mut sampler, 1, &mask).expect("good");
+            }
+            let args = Sample {
+                sampler: &mut sampler,
+                logits: &logits,
+                rows: &rows,
+                rows_offset: 0,
+                num_rows: 2,
+                token_table: &mut token_table,
+                out: &mut out,
+                out_offset: 0,
+            };
+            backend.sample(args).expect("sampled");
+            let mut chosen = [0; 2];
+            backend.read_u32(&out, 0, &mut chosen).expect("it fits");
+            assert_eq!(chosen, expected, "{mask:?}");
+        }
+        let shape = backend.set_sampler_mask(&mut sampler, 0, &[0; 2]);
+        assert!(matches!(shape, Err(KernelError::Shape { op: "set_sampler_mask", argument: "mask", .. })));
+        let row = backend.set_sampler_mask(&mut sampler, 2, &[0; 3]);
+        assert!(matches!(row, Err(KernelError::Range { op: "set_sampler_mask", argument: "row", .. })));
+        // A row that is set anew has the mask that it is set with.
+        backend.set_sampler_row(&mut sampler, 1, &SamplerRow { temperature: 0.0, ..PLAIN }).expect("good");
+        let args = Sample {
+            sampler: &mut sampler,
+            logits: &logits,
+            rows: &rows,
+            rows_offset: 0,
+            num_rows: 2,
+            token_table: &mut token_table,
+            out: &mut out,
+            out_offset: 0,
+        };
+        backend.sample(args).expect("sampled");
+        let mut chosen = [0; 2];
+        backend.read_u32(&out, 0, &mut chosen).expect("it fits");
+        assert_eq!(chosen, [69, 69]);
+    }
+}
+
+#[test]
 fn a_full_row_of_the_table_stays_as_it_is() {
     let logits = [0.0, 1.0];
     let tokens = [1; MAX_MODEL_LEN];

@@ -191,6 +191,9 @@ impl Config {
         if let Err((field, why)) = self.limits.validate() {
             return invalid(&format!("limits.{field}"), why);
         }
+        if let Err((field, why)) = self.limits.grammar.validate() {
+            return invalid(&format!("limits.grammar.{field}"), why);
+        }
         if server.grpc_max_message_bytes > self.limits.max_buffered_bytes {
             return invalid("server.grpc_max_message_bytes", "must be at most limits.max_buffered_bytes");
         }

@@ -12,6 +12,10 @@ pub enum ApiError {
     /// Prompt and `max_tokens` together exceed the model's length.
     #[error("{message}")]
     ContextTooLong { message: String },
+    /// A grammar, allowed tokens and bad words together left nothing to choose, or following the grammar took more than its
+    /// budget: the output would not have been what was asked for.
+    #[error("the output's form and the other parameters leave no token to choose")]
+    NothingAllowed,
     #[error("a valid API key is needed")]
     Unauthorized,
     #[error("the model `{model}` does not exist")]
@@ -45,7 +49,7 @@ impl ApiError {
     /// HTTP status and gRPC code: two columns of one table.
     pub fn status(&self) -> (StatusCode, Code) {
         match self {
-            Self::InvalidRequest { .. } | Self::ContextTooLong { .. } => {
+            Self::InvalidRequest { .. } | Self::ContextTooLong { .. } | Self::NothingAllowed => {
                 (StatusCode::BAD_REQUEST, Code::InvalidArgument)
             }
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, Code::Unauthenticated),
@@ -66,6 +70,7 @@ impl ApiError {
         match self {
             Self::InvalidRequest { .. } => ("invalid_request_error", None),
             Self::ContextTooLong { .. } => ("invalid_request_error", Some("context_length_exceeded")),
+            Self::NothingAllowed => ("invalid_request_error", Some("nothing_allowed")),
             Self::Unauthorized => ("invalid_request_error", Some("invalid_api_key")),
             Self::ModelNotFound { .. } => ("invalid_request_error", Some("model_not_found")),
             Self::NotFound { .. } => ("invalid_request_error", Some("not_found")),

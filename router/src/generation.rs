@@ -17,6 +17,7 @@ use quire_scheduler::{TenantId, TokenLogprobs};
 
 use crate::error::ApiError;
 use crate::fim::FimInput;
+use crate::grammar::OutputFormat;
 use crate::metrics::Endpoint;
 
 pub use limits::Limits;
@@ -125,6 +126,16 @@ pub struct GenerationParams {
     pub truncation: Option<Truncation>,
     /// Go on with what another server began.
     pub resume: Option<Resume>,
+    /// What the output must be; `None` is free text.
+    pub format: Option<RequestedFormat>,
+}
+
+/// A form that an output must have, and the field that asks for it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RequestedFormat {
+    /// Named where it is refused.
+    pub param: &'static str,
+    pub format: OutputFormat,
 }
 
 /// One choice of a request, as far as another server generated it. The other parameters are those of the request that the

@@ -11,6 +11,7 @@ pub mod error;
 pub mod fim;
 pub mod generation;
 pub mod gguf;
+pub mod grammar;
 pub mod grpc;
 pub mod http;
 pub mod hub;

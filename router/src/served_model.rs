@@ -11,6 +11,7 @@ use crate::detokenizer::TokenTable;
 use crate::fim::FimTokens;
 use crate::generation::Limits;
 use crate::gguf;
+use crate::grammar::{GrammarLimits, Grammars, Vocabulary};
 use crate::tokenizer::TextTokenizer;
 
 /// What a tokenizer is made of, and a conversation's prompt.
@@ -59,6 +60,7 @@ pub struct ServedModel {
     fim: Option<Arc<FimTokens>>,
     defaults: GenerationDefaults,
     source: ModelSource,
+    grammars: Arc<Grammars>,
 }
 
 /// A model's text side, read: what can be had before the engine's side is known.
@@ -67,6 +69,7 @@ pub struct TextSide {
     chat_template: Option<ChatTemplate>,
     defaults: GenerationDefaults,
     source: ModelSource,
+    grammar_limits: GrammarLimits,
 }
 
 impl TextSide {
@@ -91,7 +94,9 @@ impl TextSide {
                 (TextTokenizer::load(&tokenizer, 0)?, ChatTemplate::load(source, limits)?)
             }
         };
-        Ok(Self { tokenizer, chat_template, defaults: read_defaults(source)?, source: source.clone() })
+        let grammar_limits = limits.grammar.clone();
+        let (defaults, source) = (read_defaults(source)?, source.clone());
+        Ok(Self { tokenizer, chat_template, defaults, source, grammar_limits })
     }
 }
 
@@ -103,8 +108,11 @@ impl ServedModel {
 
     /// Both sides of a model.
     pub fn new(text: TextSide, name: String, info: &ModelInfo) -> Self {
-        let TextSide { mut tokenizer, chat_template, defaults, source } = text;
+        let TextSide { mut tokenizer, chat_template, defaults, source, grammar_limits } = text;
         tokenizer.cover(info.vocab_size);
+        let parser_limits = grammar_limits.parser_limits();
+        let vocabulary = Vocabulary::new(tokenizer.table(), info.vocab_size, &info.eos_token_ids, parser_limits);
+        let grammars = Arc::new(Grammars::new(vocabulary.map(Arc::new), grammar_limits));
         let digest: String = info.digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
         Self {
             name,
@@ -116,6 +124,7 @@ impl ServedModel {
             chat_template: chat_template.map(Arc::new),
             defaults,
             source,
+            grammars,
         }
     }
 
@@ -176,6 +185,11 @@ impl ServedModel {
             }
         }
         Ok(files)
+    }
+
+    /// Compiles grammars over its tokens.
+    pub fn grammars(&self) -> &Arc<Grammars> {
+        &self.grammars
     }
 
     pub fn defaults(&self) -> &GenerationDefaults {

@@ -42,14 +42,21 @@ impl Scheduler {
             self.skip_void(slot);
             return;
         }
-        let SequenceOutput::Computed { num_computed_tokens, tokens } = result else {
-            // Its blocks may hold what is not finite, or have caused it.
-            let details = &self.details[slot as usize];
-            // Without a prefix cache there are no hashes.
-            let num_known = details.hashes.len().min(details.num_published as usize);
-            self.kv.forget(&details.hashes[..num_known]);
-            self.finish(slot, FinishReason::NonFinite);
-            return;
+        let (num_computed_tokens, tokens) = match result {
+            SequenceOutput::Computed { num_computed_tokens, tokens } => (num_computed_tokens, tokens),
+            SequenceOutput::NonFinite => {
+                // Its blocks may hold what is not finite, or have caused it.
+                let details = &self.details[slot as usize];
+                // Without a prefix cache there are no hashes.
+                let num_known = details.hashes.len().min(details.num_published as usize);
+                self.kv.forget(&details.hashes[..num_known]);
+                self.finish(slot, FinishReason::NonFinite);
+                return;
+            }
+            SequenceOutput::NothingAllowed => {
+                self.finish(slot, FinishReason::NothingAllowed);
+                return;
+            }
         };
         assert!(num_computed_tokens <= scheduled.num_scheduled_tokens, "more was computed than was scheduled");
         assert!(scheduled.samples || tokens.is_empty(), "a token was sampled in the middle of a prompt");
@@ -152,7 +159,7 @@ impl Scheduler {
             let sequence = &self.sequences[slot as usize];
             let details = &mut self.details[slot as usize];
             let is_void = sequence.num_void > 0 || sequence.state == State::Draining;
-            let is_refused = output.sequences[index as usize] == SequenceOutput::NonFinite;
+            let is_refused = !matches!(output.sequences[index as usize], SequenceOutput::Computed { .. });
             if is_void || is_refused || position < details.next_prompt_logprob {
                 continue;
             }

@@ -130,6 +130,8 @@ pub enum SequenceOutput {
     },
     /// The logits of this row were not finite: the request's choice ends, its blocks are not reused.
     NonFinite,
+    /// What the request allows leaves no token to choose: its choice ends.
+    NothingAllowed,
 }
 
 /// What one step computed. [`crate::Scheduler::apply`] takes it apart and leaves empty buffers for the next step.

@@ -132,4 +132,6 @@ pub enum FinishReason {
     DeadlineExceeded,
     /// The device computed logits that are not finite numbers for this sequence.
     NonFinite,
+    /// What the request allows left no token to choose.
+    NothingAllowed,
 }

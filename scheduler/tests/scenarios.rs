@@ -22,6 +22,8 @@ enum Action {
     Yield(u32),
     /// The next step to be computed is not finite in this row.
     NonFinite(u32),
+    /// The next step to be computed finds nothing to choose in this row.
+    NothingAllowed(u32),
     /// The next step to be computed yields so many tokens in rows that sample, and keeps one computed token less when
     /// it yields none.
     YieldCount(usize),
@@ -31,7 +33,7 @@ enum Action {
         cached: u32,
     },
 }
-use Action::{Abort, Blocks, NonFinite, Submit, Yield, YieldCount};
+use Action::{Abort, Blocks, NonFinite, NothingAllowed, Submit, Yield, YieldCount};
 
 /// Token that ends a request of these scenarios.
 const STOP: u32 = 99;
@@ -70,13 +72,13 @@ struct Rig {
     now: Time,
     token: u32,
     count: usize,
-    non_finite: Option<u32>,
+    refused: Option<(u32, SequenceOutput)>,
 }
 
 impl Rig {
     fn new(config: SchedulerConfig, depth: usize) -> Self {
         let scheduler = Scheduler::new(config).unwrap();
-        Self { scheduler, depth, in_flight: VecDeque::new(), now: Time(0), token: 7, count: 1, non_finite: None }
+        Self { scheduler, depth, in_flight: VecDeque::new(), now: Time(0), token: 7, count: 1, refused: None }
     }
 
     fn act(&mut self, action: Action) {
@@ -84,7 +86,8 @@ impl Rig {
             Submit(request) => self.scheduler.submit(request, self.now).unwrap(),
             Abort(id) => assert!(self.scheduler.abort(RequestId(id))),
             Yield(token) => self.token = token,
-            NonFinite(row) => self.non_finite = Some(row),
+            NonFinite(row) => self.refused = Some((row, SequenceOutput::NonFinite)),
+            NothingAllowed(row) => self.refused = Some((row, SequenceOutput::NothingAllowed)),
             YieldCount(count) => self.count = count,
             Blocks { used, cached } => {
                 let blocks = self.scheduler.stats().kv_groups()[0];
@@ -119,6 +122,7 @@ impl Rig {
                 EventKind::Finished { reason: FinishReason::Cancelled, .. } => "cancelled",
                 EventKind::Finished { reason: FinishReason::DeadlineExceeded, .. } => "late",
                 EventKind::Finished { reason: FinishReason::NonFinite, .. } => "non-finite",
+                EventKind::Finished { reason: FinishReason::NothingAllowed, .. } => "nothing-allowed",
                 _ => continue,
             };
             write!(text, " {}.{} {what}", (b'A' + event.request.0 as u8) as char, event.choice_index).unwrap();
@@ -135,8 +139,10 @@ impl Rig {
     fn apply(&mut self, plan: StepPlan) {
         let mut output = StepOutput::new(plan.step_id);
         for sequence in &plan.sequences {
-            if self.non_finite == Some(sequence.row.0) {
-                output.sequences.push(SequenceOutput::NonFinite);
+            if let Some((row, refusal)) = &self.refused
+                && *row == sequence.row.0
+            {
+                output.sequences.push(refusal.clone());
             } else {
                 let tokens = vec![self.token; if sequence.samples { self.count } else { 0 }];
                 let num_taken_back = u32::from(self.count == 0);
@@ -145,7 +151,7 @@ impl Rig {
         }
         self.token = 7;
         self.count = 1;
-        self.non_finite = None;
+        self.refused = None;
         self.now.0 += 1000;
         self.scheduler.apply(plan, &mut output, self.now);
     }
@@ -276,6 +282,16 @@ fn another_choice_takes_over_from_a_leader_that_failed() {
         (vec![], "+1 | 0:16+2* 1:16+2* |"),
         (vec![], "| 0:18+1* 1:18+1* |"),
         (vec![], "-0 -1 | | A.1 length A.2 length"),
+    ];
+    check(config(64), 0, steps);
+}
+
+#[test]
+fn a_sequence_with_nothing_to_choose_ends_and_its_blocks_stay() {
+    let steps = vec![
+        (vec![Submit(ask(0, 5, 9)), Submit(ask(1, 3, 3))], "+0 +1 | 0:0+5* 1:0+3* |"),
+        (vec![NothingAllowed(0)], "| 0:5+1* 1:3+1* |"),
+        (vec![], "-0 | 1:4+1* | A.0 nothing-allowed"),
     ];
     check(config(64), 0, steps);
 }

@@ -234,6 +234,10 @@ impl Backend for CpuBackend {
         sample::cpu::sample(self, args)
     }
 
+    fn set_sampler_mask(&mut self, sampler: &mut Self::Sampler, row: u32, mask: &[u32]) -> Result<(), KernelError> {
+        sample::cpu::set_sampler_mask(sampler, row, mask)
+    }
+
     fn logprobs(&mut self, args: Logprobs<'_, Self>) -> Result<(), KernelError> {
         logprobs::cpu::logprobs(self, args)
     }

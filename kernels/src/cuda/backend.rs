@@ -249,6 +249,10 @@ impl<D: Device> Backend for CudaBackend<D> {
         sample::cuda::set_sampler_row(self, sampler, row, params)
     }
 
+    fn set_sampler_mask(&mut self, sampler: &mut Self::Sampler, row: u32, mask: &[u32]) -> Result<(), KernelError> {
+        sample::cuda::set_sampler_mask(self, sampler, row, mask)
+    }
+
     fn embed(&mut self, args: Embed<'_, Self>) -> Result<(), KernelError> {
         embed::cuda::embed(self, args)
     }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::grammar::GrammarLimits;
+
 /// What one request may hold. A request over a limit is refused before anything is allocated for it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -55,6 +57,8 @@ pub struct Limits {
     /// Whether a request with a field that is not known is refused. Off, such fields are named in the answer's header
     /// `x-quire-ignored-params`; a request can choose for itself by the header `x-quire-strict`.
     pub strict: bool,
+    /// What a grammar that an output must obey may cost.
+    pub grammar: GrammarLimits,
 }
 
 impl Default for Limits {
@@ -81,6 +85,7 @@ impl Default for Limits {
             template_output_bytes: 1 << 20,
             special_tokens_in_prompts: false,
             strict: false,
+            grammar: GrammarLimits::default(),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::Stream;
-use quire_engine::{Submission, SubmitError, TokenEvent};
+use quire_engine::{Grammar, Submission, SubmitError, TokenEvent};
 use quire_scheduler::{AdapterId, CacheSalt, FinishReason, TenantId};
 use sha2::{Digest, Sha256};
 use tracing::Instrument;
@@ -16,6 +16,7 @@ use crate::body_budget::BodyBudget;
 use crate::detokenizer::SpecialTokenText;
 use crate::error::ApiError;
 use crate::fim::FimTokens;
+use crate::grammar::GrammarSource;
 use crate::inflight::{Entered, Inflight};
 use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::random::{random_seed, request_id};
@@ -25,7 +26,7 @@ use crate::worker::{TokenSource, Worker};
 use super::choice::{Choice, ChoiceRules};
 use super::text::{TextPool, TextWork, check_input};
 use super::validate::{self, invalid};
-use super::{GenerationEvent, GenerationRequest, Input, Keep, Limits, Resume, Usage};
+use super::{GenerationEvent, GenerationRequest, Input, Keep, Limits, RequestedFormat, Resume, Usage};
 
 /// What a [`GenerationService`] is made of.
 pub struct ServiceParts {
@@ -74,7 +75,8 @@ impl GenerationService {
 
     async fn start(&self, request: GenerationRequest) -> Result<Started, ApiError> {
         let Shared { worker, model, limits, inflight, pool, .. } = &*self.shared;
-        let GenerationRequest { request_id, endpoint: _, tenant, model: model_name, input, params, deadline } = request;
+        let GenerationRequest { request_id, endpoint: _, tenant, model: model_name, input, mut params, deadline } =
+            request;
         let latest = Instant::now() + Duration::from_secs(limits.request_timeout_seconds);
         let deadline = match limits.request_timeout_seconds {
             0 => deadline,
@@ -86,6 +88,7 @@ impl GenerationService {
         let cache_salt = params.cache_salt.clone();
         let ignore_eos = params.ignore_eos;
         let resume = params.resume.clone();
+        let format = params.format.take();
         let mut checked = validate::check(params, model.defaults(), limits, model.info())?;
         check_input(&input, model, limits)?;
         let mut eos_token_ids = if ignore_eos { Vec::new() } else { model.info().eos_token_ids.clone() };
@@ -103,6 +106,13 @@ impl GenerationService {
         }
 
         let created = now_seconds();
+        let grammar = match format {
+            Some(RequestedFormat { param, format }) => {
+                let source = GrammarSource::of(&format, &limits.grammar).map_err(|error| error.at(param))?;
+                Some(before(deadline, model.grammars().compile(param, &request_id, source)).await?)
+            }
+            None => None,
+        };
         let (prompt, bad_words) = match input {
             Input::TokenIds(ids) if checked.bad_words.is_empty() => (ids, Vec::new()),
             input => {
@@ -142,6 +152,7 @@ impl GenerationService {
             min_tokens: checked.min_tokens,
             stop_token_ids: checked.stop_token_ids.clone(),
             deadline,
+            grammar: grammar.map(|grammar| grammar as Arc<dyn Grammar>),
         };
         let rules = ChoiceRules {
             table: Arc::clone(model.table()),
@@ -408,6 +419,7 @@ impl Generation {
                         }
                         FinishReason::Cancelled => return self.fail(ApiError::Cancelled),
                         FinishReason::DeadlineExceeded => return self.fail(ApiError::DeadlineExceeded),
+                        FinishReason::NothingAllowed => return self.fail(ApiError::NothingAllowed),
                         FinishReason::NonFinite => {
                             tracing::error!(
                                 request_id = self.request_id,

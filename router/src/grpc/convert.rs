@@ -5,6 +5,7 @@ pub(super) mod kserve;
 pub(super) mod vllm;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quire_engine::ModelInfo;
@@ -15,9 +16,10 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 
 use crate::error::ApiError;
 use crate::generation::{
-    ChatInput, ChatMessage, Generation, GenerationEvent, GenerationParams, GenerationRequest, Input, Keep, Resume,
-    StopCause, TokenInfo, TruncateTo, Truncation, Usage,
+    ChatInput, ChatMessage, Generation, GenerationEvent, GenerationParams, GenerationRequest, Input, Keep,
+    RequestedFormat, Resume, StopCause, TokenInfo, TruncateTo, Truncation, Usage,
 };
+use crate::grammar::{OutputFormat, StructuralTag, TagStructure};
 use crate::metrics::Endpoint;
 use crate::random;
 
@@ -76,6 +78,7 @@ pub(super) fn generate_request(
         output,
         scheduling,
         resume,
+        format,
     } = request;
     let input = match prompt {
         Some(wire::generate_request::Prompt::Text(text)) => {
@@ -95,7 +98,11 @@ pub(super) fn generate_request(
         tenant: TenantId::default(),
         model: (!model.is_empty()).then_some(model),
         input,
-        params: GenerationParams { resume: resume.map(resumed), ..params(sampling, stopping, output, scheduling) },
+        params: GenerationParams {
+            resume: resume.map(resumed),
+            format: output_format(format)?,
+            ..params(sampling, stopping, output, scheduling)
+        },
         deadline,
     })
 }
@@ -117,6 +124,7 @@ pub(super) fn chat_request(
         output,
         scheduling,
         resume,
+        format,
     } = request;
     let messages = messages
         .into_iter()
@@ -134,7 +142,11 @@ pub(super) fn chat_request(
         tenant: TenantId::default(),
         model: (!model.is_empty()).then_some(model),
         input: Input::Chat(chat),
-        params: GenerationParams { resume: resume.map(resumed), ..params(sampling, stopping, output, scheduling) },
+        params: GenerationParams {
+            resume: resume.map(resumed),
+            format: output_format(format)?,
+            ..params(sampling, stopping, output, scheduling)
+        },
         deadline,
     })
 }
@@ -197,7 +209,32 @@ fn params(
         cache_salt,
         truncation: truncate_prompt_tokens.map(|count| Truncation { to: TruncateTo::Tokens(count), keep: Keep::Last }),
         resume: None,
+        format: None,
     }
+}
+
+fn output_format(format: Option<wire::OutputFormat>) -> Result<Option<RequestedFormat>, ApiError> {
+    use wire::output_format::Form;
+    let Some(wire::OutputFormat { form }) = format else { return Ok(None) };
+    let format = match form {
+        None => return Err(invalid("format", "must hold a form")),
+        Some(Form::JsonObject(true)) => OutputFormat::JsonObject,
+        Some(Form::JsonObject(false)) => return Err(invalid("format.json_object", "must be true")),
+        Some(Form::JsonSchema(schema)) => OutputFormat::JsonSchema(schema.into()),
+        Some(Form::Regex(regex)) => OutputFormat::Regex(regex.into()),
+        Some(Form::Choices(wire::Choices { choices })) => OutputFormat::Choice(choices),
+        Some(Form::Lark(grammar)) => OutputFormat::Lark(grammar.into()),
+        Some(Form::StructuralTag(wire::StructuralTag { structures, triggers })) => {
+            let structure = |wire::TagStructure { begin, schema, end }| TagStructure {
+                begin,
+                schema: schema.map_or_else(|| Arc::from("true"), Arc::from),
+                end,
+            };
+            let structures = structures.into_iter().map(structure).collect();
+            OutputFormat::StructuralTag(StructuralTag { structures, triggers })
+        }
+    };
+    Ok(Some(RequestedFormat { param: "format", format }))
 }
 
 /// A stream's first event.

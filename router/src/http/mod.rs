@@ -3,6 +3,7 @@
 mod answer;
 mod failure;
 mod fields;
+mod format;
 pub mod health;
 mod openai;
 mod receive;

@@ -13,6 +13,7 @@ use crate::generation::{
 use crate::random::is_request_id;
 
 use super::fields::{Fields, Ignored, list, raw_list};
+use super::format::format;
 use super::receive::Body;
 
 /// Most parts of one message.
@@ -24,18 +25,7 @@ const DEFAULT_COMPLETION_TOKENS: u64 = 16;
 const MAX_STREAM_INTERVAL: u32 = 4096;
 
 /// Fields of both endpoints that are understood and not served.
-const UNSUPPORTED: [&str; 33] = [
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "guided_decoding_backend",
-    "guided_whitespace_pattern",
-    "grammar",
-    "json_schema",
-    "regex",
-    "ebnf",
+const UNSUPPORTED: [&str; 22] = [
     "logits_processors",
     "logit_processors",
     "custom_logit_processor",
@@ -156,7 +146,7 @@ impl Body for ChatBody {
             (false, Some(_)) => return Err(invalid("top_logprobs", "needs `logprobs` to be true")),
         };
         let input = chat_input(&mut fields, limits, &mut ignored)?;
-        let common = common(&mut fields, params, ignored)?;
+        let common = common(&mut fields, params, limits, ignored)?;
         if common.stream.stream && common.params.prompt_logprobs.is_some() {
             return Err(invalid("prompt_logprobs", "cannot be streamed"));
         }
@@ -201,7 +191,7 @@ impl Body for CompletionsBody {
             Some(suffix) => prompts.into_iter().map(|prompt| prompt.before(&suffix)).collect::<Result<_, _>>()?,
         };
         let add_special_tokens = fields.bool("add_special_tokens")?.unwrap_or(true);
-        let common = common(&mut fields, params, Ignored::default())?;
+        let common = common(&mut fields, params, limits, Ignored::default())?;
         if common.stream.stream && wants_prompt_logprobs {
             return Err(invalid("prompt_logprobs", "cannot be streamed"));
         }
@@ -300,6 +290,8 @@ fn params(fields: &mut Fields<'_>, limits: &Limits) -> Result<GenerationParams, 
         truncation: truncation(fields)?,
         // Its tokens would have to be told apart from text: gRPC has the field.
         resume: None,
+        // Both endpoints have it, beside what they have in common.
+        format: None,
     })
 }
 
@@ -346,16 +338,16 @@ pub(crate) fn sampling_of_json(json: &[u8], limits: &Limits) -> Result<Generatio
     }
 }
 
-fn common(fields: &mut Fields<'_>, params: GenerationParams, mut ignored: Ignored) -> Result<Common, ApiError> {
+fn common(
+    fields: &mut Fields<'_>,
+    mut params: GenerationParams,
+    limits: &Limits,
+    mut ignored: Ignored,
+) -> Result<Common, ApiError> {
     fields.refuse(&UNSUPPORTED)?;
     fields.refuse_unless("length_penalty", |raw| raw.parse() == Ok(1.0))?;
     fields.refuse_unless("spaces_between_special_tokens", |raw| raw == "true")?;
-    if let Some(raw) = fields.raw("response_format") {
-        let mut format = Fields::of_value(raw, "response_format")?;
-        if format.string("type")?.is_none_or(|kind| kind != "text") {
-            return Err(invalid("response_format", "of this type is not supported; only `text` is"));
-        }
-    }
+    params.format = format(fields, limits, &mut ignored)?;
     // Labels without an effect, in OpenAI's API too.
     for label in ["user", "metadata"] {
         let _ = fields.raw(label);

@@ -8,4 +8,5 @@ mod grpc;
 mod harness;
 mod hostile;
 mod refusals;
+mod structured;
 mod tokens;

@@ -310,7 +310,10 @@ impl Simulation {
             FinishReason::Stop { .. } | FinishReason::Length => {
                 assert_eq!((tokens, reason), (&expected[..], expected_reason), "{:?} {choice_index}", request.id);
             }
-            FinishReason::Cancelled | FinishReason::DeadlineExceeded | FinishReason::NonFinite => {
+            FinishReason::Cancelled
+            | FinishReason::DeadlineExceeded
+            | FinishReason::NonFinite
+            | FinishReason::NothingAllowed => {
                 assert!(expected.starts_with(tokens), "{:?} {choice_index}", request.id);
             }
         }

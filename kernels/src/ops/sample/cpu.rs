@@ -156,6 +156,14 @@ pub(crate) fn set_sampler_row(
     Ok(())
 }
 
+pub(crate) fn set_sampler_mask(sampler: &mut CpuSampler, row: u32, mask: &[u32]) -> Result<(), KernelError> {
+    sampler.shape.check_row_mask(row, mask)?;
+    let num_words = sampler.shape.num_mask_words();
+    sampler.masks[row as usize * num_words..][..num_words].copy_from_slice(mask);
+    sampler.rows[row as usize].has_mask = true;
+    Ok(())
+}
+
 pub(crate) fn sample(backend: &mut CpuBackend, args: Sample<'_, CpuBackend>) -> Result<(), KernelError> {
     const OP: &str = Sample::<CpuBackend>::OP;
     let shape = args.sampler.shape;

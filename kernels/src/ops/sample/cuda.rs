@@ -8,6 +8,9 @@ const THREADS: u32 = 1024;
 /// Words of a row's parameters, see [`sample`].
 const PARAM_WORDS: usize = 32;
 
+/// Which of them says whether the row has a mask.
+const HAS_MASK_WORD: usize = 12;
+
 /// Words of working memory for each token of the vocabulary.
 const SCRATCH_WORDS_PER_TOKEN: usize = 2;
 
@@ -103,6 +106,23 @@ pub(crate) fn set_sampler_row<D: Device>(
         return Ok(());
     }
     upload(&mut backend.device, sampler.lists, MAX_LIST_WORDS, words)
+}
+
+pub(crate) fn set_sampler_mask<D: Device>(
+    backend: &mut CudaBackend<D>,
+    sampler: &mut CudaSampler,
+    row: u32,
+    mask: &[u32],
+) -> Result<(), KernelError> {
+    sampler.shape.check_row_mask(row, mask)?;
+    let row = row as usize;
+    let mut upload = |place: DevicePtr, words: &[u32]| {
+        // SAFETY: any bytes of whole numbers are bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<u8>(), size_of_val(words)) };
+        backend.device.upload(place, bytes)
+    };
+    upload(sampler.masks.offset(4 * row * sampler.shape.num_mask_words()), mask)?;
+    upload(sampler.params.offset(4 * (row * PARAM_WORDS + HAS_MASK_WORD)), &[1])
 }
 
 /// ```c

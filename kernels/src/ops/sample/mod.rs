@@ -121,6 +121,18 @@ impl SamplerShape {
         self.vocab_size.div_ceil(32)
     }
 
+    fn check_mask(&self, op: &'static str, mask: &[u32]) -> Result<(), KernelError> {
+        let (expected, found) = (self.num_mask_words(), mask.len());
+        if found == expected { Ok(()) } else { Err(KernelError::Shape { op, argument: "mask", expected, found }) }
+    }
+
+    /// What every device refuses of [`Backend::set_sampler_mask`].
+    pub(crate) fn check_row_mask(&self, row: u32, mask: &[u32]) -> Result<(), KernelError> {
+        const OP: &str = "set_sampler_mask";
+        below(OP, "row", row, self.max_num_seqs)?;
+        self.check_mask(OP, mask)
+    }
+
     /// What every device refuses.
     pub(crate) fn check(&self) -> Result<(), KernelError> {
         const OP: &str = "alloc_sampler";
@@ -165,11 +177,8 @@ impl SamplerRow<'_> {
                 below(op, "bias", value.abs().to_bits(), infinity)?;
             }
         }
-        if let Some(mask) = self.mask
-            && mask.len() != shape.num_mask_words()
-        {
-            let (expected, found) = (shape.num_mask_words(), mask.len());
-            return Err(KernelError::Shape { op, argument: "mask", expected, found });
+        if let Some(mask) = self.mask {
+            shape.check_mask(op, mask)?;
         }
         all_below(op, "stop_token_ids", self.stop_token_ids, shape.vocab_size)?;
         for word in self.bad_words {
