@@ -1,9 +1,9 @@
-// Exponentials with the bits that src/cpu/math.rs gives, so that a sampler sees the same probabilities on every device.
+// Powers of two.
 #pragma once
 
 #include "platform.cuh"
 
-// 2^x for x up to 127, relative error below 3e-7; exactly 1 at 0, exactly 0 below -150, NaN of NaN.
+// By the bits that src/cpu/math.rs gives, so that a sampler sees the same probabilities on every device: 2^x for x up to 127, relative error below 3e-7; exactly 1 at 0, exactly 0 below -150, NaN of NaN.
 DEVICE float exp2_exact(float x) {
     // Not the maximum, which would pass over a NaN.
     x = x < -151.0f ? -151.0f : x;
@@ -21,4 +21,16 @@ DEVICE float exp2_exact(float x) {
     const int first = static_cast<int>(n) / 2, second = static_cast<int>(n) - first;
     return p * __uint_as_float(static_cast<uint32_t>(first + 127) << 23) *
            __uint_as_float(static_cast<uint32_t>(second + 127) << 23);
+}
+
+// By the device's own instruction: relative error below 2^-22, exactly 1 at 0, 0 below -126 and of minus infinity, NaN of NaN.
+DEVICE float exp2_approximate(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    const float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+#endif
 }

@@ -32,6 +32,21 @@ DEVICE uint32_t floats_to_bf16_pair(float low, float high) {
 #endif
 }
 
+// Of f16.
+DEVICE float half_to_float(uint32_t bits) {
+#ifdef __CUDACC__
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+    return x;
+#else
+    const uint32_t sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+    // Exponent and fraction moved to their places; the product corrects the bias, also of the smallest numbers.
+    const float magnitude = rest >= 0x7c00u ? __uint_as_float(0x7f800000u | rest << 13)
+                                            : __uint_as_float(rest << 13) * __uint_as_float((127u + 112u) << 23);
+    return __uint_as_float(__float_as_uint(magnitude) | sign);
+#endif
+}
+
 // e4m3 (OCP FP8, no infinities, magnitudes up to 448): whole arithmetic, the same on every device.
 DEVICE float e4m3_to_float(uint8_t bits) {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x80) << 24, rest = bits & 0x7f;

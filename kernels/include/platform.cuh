@@ -17,6 +17,9 @@
 // The block's dynamic shared memory, as bytes.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define UNROLL _Pragma("unroll")
+// So many times.
+#define PRAGMA_OF(text) _Pragma(#text)
+#define UNROLL_BY(times) PRAGMA_OF(unroll times)
 
 #else
 
@@ -37,5 +40,6 @@ constexpr unsigned most_threads(unsigned threads, unsigned = 1) { return threads
         *static_cast<type(*)[len]>(emulator::static_shared(&emulated_##name, sizeof(type) * (len), alignof(type)))
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulator::dynamic_shared()
 #define UNROLL
+#define UNROLL_BY(times)
 
 #endif

@@ -18,7 +18,7 @@
 
 #pragma once
 
-#include "platform.cuh"
+#include "numbers.cuh"
 
 constexpr uint32_t WEIGHT_IS_GATE_UP = 1;
 constexpr uint32_t WEIGHT_HAS_MIN = 2;
@@ -63,22 +63,7 @@ DEVICE uint32_t weight_feature_f32(uint32_t out_features, uint32_t is_gate_up, u
     return feature < out_features ? feature : NO_FEATURE;
 }
 
-// A number of f16.
-DEVICE float half_to_float(uint32_t bits) {
-#ifdef __CUDACC__
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
-    return x;
-#else
-    const uint32_t sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
-    // Exponent and fraction moved to their places; the product corrects the bias, also of the smallest numbers.
-    const float magnitude = rest >= 0x7c00u ? __uint_as_float(0x7f800000u | rest << 13)
-                                            : __uint_as_float(rest << 13) * __uint_as_float((127u + 112u) << 23);
-    return __uint_as_float(__float_as_uint(magnitude) | sign);
-#endif
-}
-
-// A pair of them, low half first.
+// Two numbers of f16, low half first.
 DEVICE float2 half_pair(uint32_t bits) {
     float2 pair;
     pair.x = half_to_float(bits & 0xffffu);
@@ -103,7 +88,7 @@ DEVICE uint32_t iq4_nl_values(uint32_t indices) {
 }
 
 // One number of a packed weight.
-DEVICE float weight_value(const uint8_t *weights, uint32_t flags, uint32_t out_features, uint32_t in_features,
+DEVICE float weight_value(const uint8_t* weights, uint32_t flags, uint32_t out_features, uint32_t in_features,
                                      uint32_t feature, uint32_t input) {
     const uint32_t kind = flags >> WEIGHT_KIND_SHIFT;
     const uint32_t num_outputs = out_features / 2;
@@ -114,7 +99,7 @@ DEVICE float weight_value(const uint8_t *weights, uint32_t flags, uint32_t out_f
         const uint32_t half = F32_PANEL_FEATURES / 2;
         const uint32_t panel = is_gate_up ? output / half : output / F32_PANEL_FEATURES;
         const uint32_t lane = is_gate_up ? output % half * 2 + part : output % F32_PANEL_FEATURES;
-        const float *numbers = reinterpret_cast<const float *>(weights);
+        const float* numbers = reinterpret_cast<const float*>(weights);
         return numbers[(size_t(panel) * in_features + input) * F32_PANEL_FEATURES + lane];
     }
     const uint32_t tile = is_gate_up ? output / 8 : output / 16;
@@ -127,14 +112,14 @@ DEVICE float weight_value(const uint8_t *weights, uint32_t flags, uint32_t out_f
         const uint32_t lane = place % 8 * 4 + input % 8 / 2;
         const uint32_t word = input % 16 / 8 * 2 + place / 8;
         const size_t at = ((step * TILES_OF_PANEL + tile % TILES_OF_PANEL) * 32 + lane) * 16 + word * 4 + input % 2 * 2;
-        return __uint_as_float(uint32_t(*reinterpret_cast<const uint16_t *>(weights + at)) << 16);
+        return __uint_as_float(uint32_t(*reinterpret_cast<const uint16_t*>(weights + at)) << 16);
     }
     const uint32_t num_stages = (in_features + INT8_STAGE_FEATURES - 1) / INT8_STAGE_FEATURES;
     const uint32_t num_groups = kind == WEIGHT_INT8_LONG ? 1 : 4;
     const uint32_t code_bytes = kind == WEIGHT_INT4 ? STAGE_BYTES / 2 : STAGE_BYTES;
     const uint32_t scale_bytes = num_groups * PANEL_FEATURES * 2;
     const uint32_t stage_bytes = code_bytes + ((flags & WEIGHT_HAS_MIN) ? 2 : 1) * scale_bytes;
-    const uint8_t *stage = weights + (size_t(panel) * num_stages + input / INT8_STAGE_FEATURES) * stage_bytes;
+    const uint8_t* stage = weights + (size_t(panel) * num_stages + input / INT8_STAGE_FEATURES) * stage_bytes;
     const uint32_t step = input % INT8_STAGE_FEATURES / 32;
     const uint32_t lane = place % 8 * 4 + input % 16 / 4;
     const uint32_t word = input % 32 / 16 * 2 + place / 8;
@@ -147,11 +132,11 @@ DEVICE float weight_value(const uint8_t *weights, uint32_t flags, uint32_t out_f
     }
     const uint32_t group = num_groups == 1 ? 0 : step;
     const uint32_t at = code_bytes + ((group * TILES_OF_PANEL + tile % TILES_OF_PANEL) * 8 + place % 8) * 4;
-    const float2 scale = half_pair(*reinterpret_cast<const uint32_t *>(stage + at));
+    const float2 scale = half_pair(*reinterpret_cast<const uint32_t*>(stage + at));
     const float value = (place < 8 ? scale.x : scale.y) * float(code);
     if (!(flags & WEIGHT_HAS_MIN)) {
         return value;
     }
-    const float2 min = half_pair(*reinterpret_cast<const uint32_t *>(stage + at + scale_bytes));
+    const float2 min = half_pair(*reinterpret_cast<const uint32_t*>(stage + at + scale_bytes));
     return value + (place < 8 ? min.x : min.y);
 }

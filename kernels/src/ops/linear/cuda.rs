@@ -1,64 +1,399 @@
-use super::{Linear, WeightShape};
-use crate::cuda::device::failure;
-use crate::cuda::{CudaBackend, Device, DevicePtr};
-use crate::{KernelError, StepLimits, WeightSource};
+//! The CUDA version of [`super::Linear`]: which kernel of `linear.cu` takes which rows, and the memory between them.
+//!
+//! A product is one launch where x is read as it lies in memory (few rows of bf16, all of f32), else two: x is rounded to
+//! fragments first, then multiplied. Which kernel it is, and how many thread blocks share the input features, changes no
+//! bit of the result.
 
-/// A matrix on the device, in the order that `linear.cu` reads it in.
-pub struct CudaWeight {
-    shape: WeightShape,
-    ptr: DevicePtr,
-    flags: u32,
+mod weight;
+
+pub use weight::CudaWeight;
+pub(crate) use weight::{pack_weight, weight_bytes};
+
+use self::weight::{Form, Kind};
+use super::{Epilogue, Linear, WeightShape};
+use crate::cuda::memory::Workspace as Memory;
+use crate::cuda::{Arg, CudaBackend, Device, DevicePtr, KernelId};
+use crate::{KernelError, StepLimits};
+
+/// A ring of `linear.cu`: stages in it, and the bytes of one that hold x.
+const fn ring_bytes(num_stages: usize, weight_bytes: usize, x_bytes: usize) -> usize {
+    num_stages * (weight_bytes + x_bytes)
 }
 
-impl CudaWeight {
-    pub fn shape(&self) -> &WeightShape {
-        &self.shape
-    }
+/// Bytes of codes and scales that linear_round_int8 makes of a stage of 16 tokens.
+const fn int8_tile_bytes(groups_of_stage: usize) -> usize {
+    16 * 128 + groups_of_stage * 128
+}
 
-    pub(crate) fn ptr(&self) -> DevicePtr {
-        self.ptr
-    }
+/// How many rows a thread block takes, and what it takes for that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tile {
+    function: &'static str,
+    tokens: usize,
+    threads: u32,
+    shared_bytes: usize,
+    x: XForm,
+}
 
-    /// As `weight.cuh` has them.
-    pub(crate) fn flags(&self) -> u32 {
-        self.flags
+/// What a kernel reads as x.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum XForm {
+    F32,
+    Bf16Fragments,
+    Int8Fragments,
+}
+
+const BF16_STAGE: usize = 16 << 10;
+
+const fn bf16_from_f32(function: &'static str, tokens: usize, num_stages: usize) -> Tile {
+    let shared_bytes = ring_bytes(num_stages, BF16_STAGE, tokens * (64 + 8) * 4);
+    Tile { function, tokens, threads: 128, shared_bytes, x: XForm::F32 }
+}
+
+const fn bf16_from_fragments(function: &'static str, tokens: usize, num_stages: usize, threads: u32) -> Tile {
+    let shared_bytes = ring_bytes(num_stages, BF16_STAGE, tokens * 64 * 2);
+    Tile { function, tokens, threads, shared_bytes, x: XForm::Bf16Fragments }
+}
+
+const fn grouped(function: &'static str, tokens: usize, weight_bytes: usize, groups_of_stage: usize) -> Tile {
+    let shared_bytes = ring_bytes(4, weight_bytes, tokens.div_ceil(16) * int8_tile_bytes(groups_of_stage));
+    let threads = if tokens > 32 { 256 } else { 128 };
+    Tile { function, tokens, threads, shared_bytes, x: XForm::Int8Fragments }
+}
+
+const BF16_TILES: [Tile; 5] = [
+    bf16_from_f32("linear_bf16_x8", 8, 4),
+    bf16_from_f32("linear_bf16_x16", 16, 4),
+    bf16_from_f32("linear_bf16_x32", 32, 3),
+    bf16_from_fragments("linear_bf16_t64", 64, 4, 128),
+    bf16_from_fragments("linear_bf16_t128", 128, 3, 256),
+];
+const INT8_LONG_TILES: [Tile; 3] = [
+    grouped("linear_int8_long_t8", 8, (16 << 10) + 256, 1),
+    grouped("linear_int8_long_t32", 32, (16 << 10) + 256, 1),
+    grouped("linear_int8_long_t64", 64, (16 << 10) + 256, 1),
+];
+const INT8_SHORT_TILES: [Tile; 3] = [
+    grouped("linear_int8_short_t8", 8, (16 << 10) + 8 * 256, 4),
+    grouped("linear_int8_short_t32", 32, (16 << 10) + 8 * 256, 4),
+    grouped("linear_int8_short_t64", 64, (16 << 10) + 8 * 256, 4),
+];
+const INT4_TILES: [Tile; 3] = [
+    grouped("linear_int4_t8", 8, (8 << 10) + 8 * 256, 4),
+    grouped("linear_int4_t32", 32, (8 << 10) + 8 * 256, 4),
+    grouped("linear_int4_t64", 64, (8 << 10) + 8 * 256, 4),
+];
+const F32_TILES: [Tile; 1] =
+    [Tile { function: "linear_f32", tokens: 16, threads: 128, shared_bytes: 0, x: XForm::F32 }];
+
+impl Kind {
+    /// From few to many tokens.
+    const fn tiles(self) -> &'static [Tile] {
+        match self {
+            Self::Bf16 => &BF16_TILES,
+            Self::F32 => &F32_TILES,
+            Self::Int8Long => &INT8_LONG_TILES,
+            Self::Int8Short => &INT8_SHORT_TILES,
+            Self::Int4 => &INT4_TILES,
+        }
     }
 }
 
-/// Working memory.
-#[derive(Default)]
-pub(crate) struct Workspace {}
+/// Stages of a slice: how the input features of a weight are cut. Depends on its shape alone, since the order of sums does.
+/// So many slices that an H200's 132 multiprocessors all have some, and none shorter than 256 features.
+fn slice_stages(form: &Form, shape: &WeightShape) -> usize {
+    let num_slices = match (form.kind, form.num_panels(shape)) {
+        (Kind::F32, _) | (_, 512..) => 1,
+        (_, 128..) => 2,
+        (_, 17..) => 4,
+        _ => 8,
+    };
+    let features = shape.in_features.div_ceil(num_slices).next_multiple_of(128).max(256);
+    features / form.stage_features
+}
+
+/// How one product is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Plan {
+    tile: Tile,
+    form: Form,
+    /// Tiles of tokens, panels, slices.
+    grid: [usize; 3],
+    num_stages: usize,
+    slice_stages: usize,
+    /// Tiles of 16 tokens that x is rounded to.
+    num_x_tiles: usize,
+    /// Working memory: rounded x, partial sums, their counts.
+    bytes: [usize; 3],
+}
+
+impl Plan {
+    fn new(shape: &WeightShape, num_rows: usize, num_multiprocessors: usize) -> Self {
+        let form = Form::of(shape.format);
+        let (num_panels, num_stages) = (form.num_panels(shape), form.num_stages(shape.in_features));
+        let tiles = form.kind.tiles();
+        // Copies of 16 bytes want rows that start at multiples of them.
+        let can_read =
+            |tile: &Tile| form.kind == Kind::F32 || tile.x != XForm::F32 || shape.in_features.is_multiple_of(4);
+        let tile =
+            *tiles.iter().find(|tile| can_read(tile) && num_rows <= tile.tokens).unwrap_or(&tiles[tiles.len() - 1]);
+        let num_token_tiles = num_rows.div_ceil(tile.tokens);
+        let slice_stages = slice_stages(&form, shape);
+        let num_units = num_token_tiles * num_panels;
+        // One thread block for all slices where there is work for all multiprocessors anyway.
+        let num_slices = if num_units >= num_multiprocessors { 1 } else { num_stages.div_ceil(slice_stages) };
+        let num_x_tiles = num_token_tiles * tile.tokens.div_ceil(16);
+        let x_tile_bytes = match tile.x {
+            XForm::F32 => 0,
+            XForm::Bf16Fragments => 16 * form.stage_features * 2,
+            XForm::Int8Fragments => int8_tile_bytes(if form.kind == Kind::Int8Long { 1 } else { 4 }),
+        };
+        let (partials_bytes, arrivals_bytes) = match num_slices {
+            1 => (0, 0),
+            _ => (num_units * num_slices * form.panel_features * tile.tokens * 4, num_units * 4),
+        };
+        Self {
+            tile,
+            form,
+            grid: [num_token_tiles, num_panels, num_slices],
+            num_stages,
+            slice_stages,
+            num_x_tiles,
+            bytes: [num_x_tiles * num_stages * x_tile_bytes, partials_bytes, arrivals_bytes],
+        }
+    }
+}
+
+/// The most working memory that any number of rows up to `max_rows` needs.
+fn most_bytes(shape: &WeightShape, max_rows: usize, num_multiprocessors: usize) -> [usize; 3] {
+    // What is needed changes with the tile and the number of tiles, and within a tile not at all.
+    let rows = [8, 16, 32].into_iter().chain((64..max_rows).step_by(32)).chain([max_rows]);
+    rows.map(|num_rows| Plan::new(shape, num_rows.min(max_rows), num_multiprocessors).bytes)
+        .fold([0; 3], |[a, b, c], [d, e, f]| [a.max(d), b.max(e), c.max(f)])
+}
+
+/// Working memory of [`linear`].
+#[derive(Debug)]
+pub(crate) struct Workspace {
+    rounded: Memory,
+    partials: Memory,
+    /// Counts that every launch leaves at zero.
+    arrivals: Memory,
+    /// All shapes of weights that were packed.
+    shapes: Vec<WeightShape>,
+}
+
+impl Default for Workspace {
+    fn default() -> Self {
+        Self {
+            rounded: Memory::new("rounded activations"),
+            partials: Memory::new("partial sums"),
+            arrivals: Memory::new("counts of partial sums"),
+            shapes: Vec::new(),
+        }
+    }
+}
 
 impl Workspace {
-    pub(crate) fn reserve<D: Device>(&mut self, _device: &mut D, _limits: &StepLimits) -> Result<(), KernelError> {
-        Ok(())
+    /// A weight of this shape will be multiplied.
+    fn expect(&mut self, shape: &WeightShape) {
+        if !self.shapes.contains(shape) {
+            self.shapes.push(*shape);
+        }
+    }
+
+    /// Takes what products of the packed weights need in steps of at most this size.
+    pub(crate) fn reserve<D: Device>(&mut self, device: &mut D, limits: &StepLimits) -> Result<(), KernelError> {
+        let num_multiprocessors = device.facts().num_multiprocessors as usize;
+        let mut most = [0; 3];
+        for shape in &self.shapes {
+            for (most, needed) in most.iter_mut().zip(most_bytes(shape, limits.num_tokens, num_multiprocessors)) {
+                *most = needed.max(*most);
+            }
+        }
+        self.take(device, most).map(|_| ())
+    }
+
+    fn take<D: Device>(&mut self, device: &mut D, bytes: [usize; 3]) -> Result<[DevicePtr; 3], KernelError> {
+        let [rounded, partials, arrivals] = bytes;
+        Ok([
+            self.rounded.at_least(device, rounded)?,
+            self.partials.at_least(device, partials)?,
+            self.arrivals.at_least(device, arrivals)?,
+        ])
     }
 }
 
-pub(crate) fn pack_weight<D: Device>(
-    _backend: &mut CudaBackend<D>,
-    source: &WeightSource<'_>,
-) -> Result<CudaWeight, KernelError> {
-    let shape = WeightShape::of(source)?;
-    Err(failure(format!("no device code multiplies {}", shape.format.name())))
-}
-
-/// Bytes on the device.
-pub(crate) fn weight_bytes(shape: &WeightShape) -> usize {
-    shape.out_features * shape.in_features
+const fn kernel(function: &'static str) -> KernelId {
+    KernelId { module: "linear", function }
 }
 
 pub(crate) fn linear<D: Device>(
-    _backend: &mut CudaBackend<D>,
+    backend: &mut CudaBackend<D>,
     args: Linear<'_, CudaBackend<D>>,
 ) -> Result<(), KernelError> {
-    let shape = args.weight.shape();
-    shape.check(
-        args.num_rows,
-        args.x.len(),
-        args.bias.map(crate::cuda::CudaBuffer::len),
-        args.epilogue,
-        args.out.len(),
-    )?;
-    Err(failure(format!("no device code multiplies {}", shape.format.name())))
+    let Linear { x, num_rows, weight, bias, epilogue, out } = args;
+    let x_ptr = x.f32("linear", "x")?;
+    let bias_ptr = bias.map_or(Ok(DevicePtr::NULL), |bias| bias.f32("linear", "bias"))?;
+    let out_ptr = out.f32("linear", "out")?;
+    let shape = weight.shape();
+    shape.check(num_rows, x.len(), bias.map(|bias| bias.len()), epilogue, out.len())?;
+    if num_rows == 0 {
+        return Ok(());
+    }
+    let plan = Plan::new(shape, num_rows, backend.device.facts().num_multiprocessors as usize);
+    let [rounded, partials, arrivals] = backend.linear_workspace.take(&mut backend.device, plan.bytes)?;
+    let sizes = Sizes::new(shape, num_rows, &plan)?;
+    let x_ptr = match plan.tile.x {
+        XForm::F32 => x_ptr,
+        form => {
+            round(backend, form, x_ptr, rounded, &sizes, &plan)?;
+            rounded
+        }
+    };
+    let epilogue = match epilogue {
+        Epilogue::Store => 0,
+        Epilogue::Add => 1,
+        Epilogue::SwiGlu => 2_u32,
+    };
+    let args = [
+        weight.ptr().into(),
+        x_ptr.into(),
+        out_ptr.into(),
+        bias_ptr.into(),
+        partials.into(),
+        arrivals.into(),
+        sizes.num_rows.into(),
+        sizes.in_features.into(),
+        sizes.out_features.into(),
+        sizes.num_stages.into(),
+        sizes.slice_stages.into(),
+        weight.flags().into(),
+        epilogue.into(),
+    ];
+    // SAFETY: these are the parameters of every product; `check` saw that buffers are long enough, the workspace is what
+    // the plan says.
+    unsafe {
+        backend.launch(kernel(plan.tile.function), plan.grid, [plan.tile.threads, 1, 1], plan.tile.shared_bytes, &args)
+    }
+}
+
+/// Sizes as kernels take them.
+struct Sizes {
+    num_rows: u32,
+    in_features: u32,
+    out_features: u32,
+    num_stages: u32,
+    slice_stages: u32,
+}
+
+impl Sizes {
+    fn new(shape: &WeightShape, num_rows: usize, plan: &Plan) -> Result<Self, KernelError> {
+        let size = |argument, size: usize| {
+            u32::try_from(size).map_err(|_| KernelError::Range {
+                op: "linear",
+                argument,
+                value: size as u64,
+                limit: u64::from(u32::MAX),
+            })
+        };
+        Ok(Self {
+            num_rows: size("num_rows", num_rows)?,
+            in_features: size("in_features", shape.in_features)?,
+            out_features: size("out_features", shape.out_features)?,
+            num_stages: size("in_features", plan.num_stages)?,
+            slice_stages: size("in_features", plan.slice_stages)?,
+        })
+    }
+}
+
+/// Rounds x to the fragments that the plan's kernel reads.
+fn round<D: Device>(
+    backend: &mut CudaBackend<D>,
+    form: XForm,
+    x: DevicePtr,
+    rounded: DevicePtr,
+    sizes: &Sizes,
+    plan: &Plan,
+) -> Result<(), KernelError> {
+    const THREADS: usize = 256;
+    let mut args: Vec<Arg> =
+        vec![x.into(), rounded.into(), sizes.num_rows.into(), sizes.in_features.into(), sizes.num_stages.into()];
+    let (function, num_units, units_of_block) = match form {
+        XForm::Int8Fragments => {
+            args.push(if plan.form.kind == Kind::Int8Long { 128_u32 } else { 32 }.into());
+            ("linear_round_int8", plan.num_x_tiles * 16 * plan.num_stages, THREADS / 32)
+        }
+        _ => ("linear_round_bf16", plan.num_x_tiles * plan.num_stages * (plan.form.stage_features / 16) * 32, THREADS),
+    };
+    let too_many = |_| KernelError::Range {
+        op: "linear",
+        argument: "num_rows",
+        value: num_units as u64,
+        limit: u64::from(u32::MAX),
+    };
+    args.push(u32::try_from(num_units).map_err(too_many)?.into());
+    // SAFETY: these are the kernel's parameters; x has the rows, and the workspace the units.
+    unsafe {
+        backend.launch(kernel(function), [num_units.div_ceil(units_of_block), 1, 1], [THREADS as u32, 1, 1], 0, &args)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{WeightFormat, WeightLayout};
+
+    fn shape(out_features: usize, in_features: usize, format: WeightFormat) -> WeightShape {
+        WeightShape { out_features, in_features, layout: WeightLayout::Stacked, format }
+    }
+
+    const FORMATS: [WeightFormat; 4] =
+        [WeightFormat::Bf16, WeightFormat::F32, WeightFormat::int8(4096), WeightFormat::int4()];
+
+    #[test]
+    fn slices_depend_on_the_weight_alone_and_cover_it() {
+        for format in FORMATS {
+            for (out_features, in_features) in [(6144, 4096), (4096, 14336), (128_256, 4096), (896, 4864), (70, 33)] {
+                let shape = shape(out_features, in_features, format);
+                let plans = [1, 9, 64, 65, 2048].map(|num_rows| Plan::new(&shape, num_rows, 132));
+                for plan in plans {
+                    assert_eq!(plan.slice_stages, plans[0].slice_stages);
+                    assert_eq!(plan.slice_stages * plan.form.stage_features % 128, 0);
+                    let covered = plan.grid[2] * plan.slice_stages * plan.form.stage_features;
+                    assert!(plan.grid[2] == 1 || covered >= in_features);
+                    assert!(plan.grid[2] == 1 || covered - plan.slice_stages * plan.form.stage_features < in_features);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_8b_model_fills_an_h200_and_rings_fit_every_card() {
+        // Thread blocks at one row of qkv, o, gate and up, down, vocabulary.
+        let blocks = [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336), (128_256, 4096)].map(|(out, k)| {
+            let plan = Plan::new(&shape(out, k, WeightFormat::Bf16), 1, 132);
+            plan.grid.iter().product::<usize>()
+        });
+        assert_eq!(blocks, [192, 128, 224, 128, 1002]);
+        for format in FORMATS {
+            for tile in Form::of(format).kind.tiles() {
+                assert!(tile.shared_bytes <= 99 << 10, "{tile:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_reserved_is_enough_for_every_number_of_rows() {
+        for format in FORMATS {
+            let shape = shape(4096, 4096, format);
+            for max_rows in [1, 7, 40, 100, 700] {
+                let most = most_bytes(&shape, max_rows, 132);
+                for num_rows in 1..=max_rows {
+                    let needed = Plan::new(&shape, num_rows, 132).bytes;
+                    assert!(needed.iter().zip(most).all(|(&needed, most)| needed <= most), "{format:?} {num_rows}");
+                }
+            }
+        }
+    }
 }

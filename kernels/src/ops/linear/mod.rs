@@ -6,7 +6,7 @@ pub(crate) mod quantize;
 pub mod reference;
 
 use crate::weight_format::{Codes, Grouping, LONG_GROUP_LEN, SHORT_GROUP_LEN};
-use crate::{Backend, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
+use crate::{Backend, HostTensor, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
 
 /// What happens to a finished sum before it is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +28,8 @@ pub enum Epilogue {
 /// * `bias`   `F32`, `[out_features]` in the order of the weight's parts
 ///
 /// Writes `F32` `[num_rows, out_features]` to `out` (half as wide for `SwiGlu`). Every output is one sum over
-/// `in_features` in ascending order, accumulated in f32, whatever `num_rows` is (exact within a group of codes); bias and
-/// residual are added last. A number of `x` that is not finite makes its row so, and no other.
+/// `in_features` in ascending order, accumulated in f32, whatever `num_rows` is (exact within a group of codes; on CUDA
+/// devices of slices that the weight's shape fixes, added in ascending order); bias and residual are added last. A number of `x` that is not finite makes its row so, and no other.
 /// `x` and `out` may be longer than the rows need. Fails with `KernelError::Shape` naming the argument, and with
 /// `KernelError::Type` where `SwiGlu` meets a weight that was not packed for it.
 pub struct Linear<'a, B: Backend> {
@@ -39,6 +39,20 @@ pub struct Linear<'a, B: Backend> {
     pub bias: Option<&'a B::Buffer>,
     pub epilogue: Epilogue,
     pub out: &'a mut B::Buffer,
+}
+
+impl<'a> WeightSource<'a> {
+    /// The part that holds an output feature, and the feature's row in it.
+    pub(crate) fn row(&'a self, feature: usize) -> Option<(&'a HostTensor<'a>, usize)> {
+        let mut row = feature;
+        for part in &self.parts {
+            if row < part.rows {
+                return Some((part, row));
+            }
+            row -= part.rows;
+        }
+        None
+    }
 }
 
 /// What a packed matrix is, whatever its bytes look like on a device.

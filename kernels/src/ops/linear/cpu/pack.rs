@@ -256,20 +256,6 @@ impl Stage {
     }
 }
 
-impl<'a> WeightSource<'a> {
-    /// The part that holds an output feature, and the feature's row in it.
-    fn row(&'a self, feature: usize) -> Row<'a> {
-        let mut row = feature;
-        for part in &self.parts {
-            if row < part.rows {
-                return Some((part, row));
-            }
-            row -= part.rows;
-        }
-        None
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,169 @@
+//! CUDA: the device code in the emulator, at sizes that it can do.
+
+use quire_kernels::cuda::CudaBackend;
+use quire_kernels::ops::linear::{Epilogue, WeightShape};
+use quire_kernels::testing::{Emulator, Rng, assert_same_bits};
+use quire_kernels::weight_format::Codes;
+use quire_kernels::{Backend, TensorFormat, WeightFormat, WeightLayout, WeightSource};
+
+use crate::support::{BLOCKS, FORMATS, Matrix, check, file_format, gate_up, grouped, run, stacked};
+
+/// A device with so many multiprocessors, unless there is no compiler: then a line says so.
+fn backend(num_multiprocessors: u32) -> Option<CudaBackend<Emulator>> {
+    match Emulator::with_multiprocessors(num_multiprocessors) {
+        Ok(emulator) => Some(CudaBackend::new(emulator).expect("memory")),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn every_format_and_edge_is_near_the_reference() {
+    let Some(mut backend) = backend(4) else { return };
+    let mut rng = Rng::new(1);
+    for format in FORMATS {
+        for (num_rows, in_features, out_features) in
+            [(1, 1, 1), (2, 31, 17), (5, 64, 129), (8, 260, 16), (9, 67, 15), (16, 132, 40), (17, 36, 33)]
+        {
+            let matrix = [Matrix::random(&mut rng, file_format(format), out_features, in_features)];
+            let x = rng.outliers(num_rows * in_features);
+            let bias = rng.normals(out_features);
+            check(&mut backend, &stacked(&matrix, format), &x, num_rows, None, Epilogue::Store);
+            check(&mut backend, &stacked(&matrix, format), &x, num_rows, Some(&bias), Epilogue::Add);
+        }
+    }
+}
+
+#[test]
+fn gate_and_up_meet() {
+    let Some(mut backend) = backend(4) else { return };
+    let mut rng = Rng::new(2);
+    for format in FORMATS {
+        for (num_rows, in_features, num_outputs) in [(1, 64, 1), (3, 65, 31), (12, 132, 70)] {
+            let parts = [TensorFormat::Bf16, TensorFormat::F32]
+                .map(|part| Matrix::random(&mut rng, part, num_outputs, in_features));
+            let x = rng.normals(num_rows * in_features);
+            let bias = rng.normals(2 * num_outputs);
+            let source = gate_up(&parts, format);
+            check(&mut backend, &source, &x, num_rows, Some(&bias), Epilogue::SwiGlu);
+            check(&mut backend, &source, &x, num_rows, Some(&bias), Epilogue::Add);
+            check(&mut backend, &source, &x, num_rows, None, Epilogue::SwiGlu);
+        }
+    }
+}
+
+#[test]
+fn blocks_of_files_are_multiplied_as_they_are() {
+    let Some(mut backend) = backend(4) else { return };
+    let mut rng = Rng::new(3);
+    for block in BLOCKS {
+        let matrix = [Matrix::random_blocks(&mut rng, block, 33, 512)];
+        let format = WeightFormat::of_blocks(&[matrix[0].tensor()]).expect("blocks");
+        check(&mut backend, &stacked(&matrix, format), &rng.outliers(3 * 512), 3, None, Epilogue::Store);
+    }
+}
+
+#[test]
+fn swiglu_of_large_gates_has_no_overflow() {
+    let Some(mut backend) = backend(4) else { return };
+    let parts = [Matrix::new(TensorFormat::F32, 1, 1, &[1.0]), Matrix::new(TensorFormat::F32, 1, 1, &[1.0])];
+    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+        let weight = backend.pack_weight(&gate_up(&parts, format)).expect("a good source");
+        let x = [-1e4, -100.0, -80.0, 0.0, 80.0, 1e4];
+        let rounded = x.map(|x| if format == WeightFormat::Bf16 { half::bf16::from_f32(x).to_f32() } else { x });
+        let out = run(&mut backend, &weight, &x, 6, None, Epilogue::SwiGlu, &[0.0; 6]);
+        assert_eq!(out, [0.0, 0.0, out[2], 0.0, 6400.0, rounded[5] * rounded[5]]);
+        assert!(out[2] >= 0.0 && out[2] < 1e-30);
+    }
+}
+
+#[test]
+fn special_numbers_stay_in_their_row() {
+    let Some(mut backend) = backend(4) else { return };
+    let mut rng = Rng::new(4);
+    for format in FORMATS {
+        let matrix = [Matrix::random(&mut rng, file_format(format), 20, 68)];
+        let weight = backend.pack_weight(&stacked(&matrix, format)).expect("a good source");
+        let mut x = rng.normals(9 * 68);
+        let clean = run(&mut backend, &weight, &x, 9, None, Epilogue::Store, &[0.0; 9 * 20]);
+        x[3 * 68 + 5] = f32::NAN;
+        x[5 * 68 + 66] = f32::INFINITY;
+        let dirty = run(&mut backend, &weight, &x, 9, None, Epilogue::Store, &[0.0; 9 * 20]);
+        for row in 0..9 {
+            let (clean, dirty) = (&clean[row * 20..][..20], &dirty[row * 20..][..20]);
+            match row {
+                3 => assert!(dirty.iter().all(|x| x.is_nan())),
+                5 => assert!(dirty.iter().all(|x| !x.is_finite())),
+                _ => assert_same_bits(dirty, clean),
+            }
+        }
+    }
+}
+
+/// Promise 1: a row alone has the bits that it has in every batch, whichever kernel takes it, and whether one thread block
+/// goes through all slices of a sum or each has its own.
+#[test]
+fn a_row_has_the_same_bits_in_every_batch() {
+    for (index, format) in FORMATS.into_iter().enumerate() {
+        // Several slices, and a width whose rows cannot be copied 16 bytes at a time.
+        let in_features = if index % 2 == 0 { 580 } else { 577 };
+        let mut rng = Rng::new(5);
+        let parts = [0, 1].map(|_| Matrix::random(&mut rng, file_format(format), 9, in_features));
+        let row = rng.outliers(in_features);
+        let before = rng.normals(18);
+        for (layout, epilogue) in [(WeightLayout::Stacked, Epilogue::Add), (WeightLayout::GateUp, Epilogue::SwiGlu)] {
+            let source = WeightSource { layout, ..stacked(&parts, format) };
+            let out_cols = if layout == WeightLayout::GateUp { 9 } else { 18 };
+            let mut alone: Option<Vec<f32>> = None;
+            // So many multiprocessors that sums are cut, and so few that they are not.
+            for mut backend in [1000, 1].into_iter().filter_map(backend) {
+                let weight = backend.pack_weight(&source).expect("a good source");
+                // The last of a tile that is not full, and one in the midst of a full one.
+                for (num_rows, place) in [(1, 0), (8, 3), (9, 8), (20, 17), (33, 32), (70, 41), (130, 129)] {
+                    // Rows around it that nobody looks at.
+                    let mut x = vec![0.0; num_rows * in_features];
+                    x[place * in_features..][..in_features].copy_from_slice(&row);
+                    let before = before[..out_cols].repeat(num_rows);
+                    let out = run(&mut backend, &weight, &x, num_rows, None, epilogue, &before);
+                    let own = &out[place * out_cols..][..out_cols];
+                    match &alone {
+                        None => alone = Some(own.to_vec()),
+                        Some(alone) => assert_same_bits(own, alone),
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn table_codes_and_minima_reach_every_lane() {
+    let Some(mut backend) = backend(4) else { return };
+    let mut rng = Rng::new(6);
+    for (format, block) in [
+        (grouped(Codes::Iq4Nl, 32, false), TensorFormat::Iq4Nl),
+        (grouped(Codes::Int4, 32, true), TensorFormat::Q4K),
+        (grouped(Codes::Int8, 32, true), TensorFormat::Q5K),
+    ] {
+        let matrix = [Matrix::random_blocks(&mut rng, block, 140, 256)];
+        for num_rows in [2, 40] {
+            let x = rng.normals(num_rows * 256);
+            check(&mut backend, &stacked(&matrix, format), &x, num_rows, None, Epilogue::Store);
+        }
+    }
+}
+
+#[test]
+fn packed_bytes_are_as_foretold() {
+    let Some(backend) = backend(4) else { return };
+    for (format, bits) in FORMATS.into_iter().zip([32, 16, 8, 8, 8, 4, 4]) {
+        let shape = WeightShape { out_features: 256, in_features: 256, layout: WeightLayout::Stacked, format };
+        let num_scales = match format {
+            WeightFormat::Grouped(grouping) => 256 * 256 / grouping.group_len * if grouping.has_min { 2 } else { 1 },
+            _ => 0,
+        };
+        assert_eq!(backend.weight_bytes(&shape), 256 * 256 * bits / 8 + num_scales * 2);
+    }
+}

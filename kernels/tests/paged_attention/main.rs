@@ -1,0 +1,5 @@
+//! Attention on every backend against its meaning, and bit by bit against itself in other batches.
+
+mod cpu;
+mod cuda;
+mod support;
