@@ -39,6 +39,14 @@ bench:
 plot:
     python3 benches/plot.py
 
+# Makes the device code that the binary embeds; needs Python, and the registry for the pinned CUDA compiler.
+ptx:
+    python3 kernels/ptx/make.py
+
+# Assembles it for every architecture; fails where registers are spilled.
+ptx-check:
+    python3 kernels/ptx/make.py --check
+
 # Remakes the parity fixtures; needs Python with torch and transformers.
 fixtures:
     python3 tests/fixtures/make_parity.py

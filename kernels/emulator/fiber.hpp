@@ -53,9 +53,9 @@ struct Place {
 
     static void leave(Place& from, Place& to) { quire_emulator_switch(&from.end, to.end); }
 
-    // To `entry`, which never returns, on an empty stack.
-    void start(unsigned char* stack, void (*entry)()) {
-        auto* frame = reinterpret_cast<uintptr_t*>(stack + STACK_BYTES) - FRAME_WORDS;
+    // To `entry`, which never returns, on an empty stack that leaves `unused` bytes at its end (a multiple of 16).
+    void start(unsigned char* stack, size_t unused, void (*entry)()) {
+        auto* frame = reinterpret_cast<uintptr_t*>(stack + STACK_BYTES - unused) - FRAME_WORDS;
         for (size_t word = 0; word < FRAME_WORDS; word++) frame[word] = 0;
         frame[ENTRY_WORD] = reinterpret_cast<uintptr_t>(entry);
         end = frame;
@@ -69,10 +69,10 @@ struct Place {
 
     static void leave(Place& from, Place& to) { swapcontext(&from.context, &to.context); }
 
-    void start(unsigned char* stack, void (*entry)()) {
+    void start(unsigned char* stack, size_t unused, void (*entry)()) {
         getcontext(&context);
         context.uc_stack.ss_sp = stack;
-        context.uc_stack.ss_size = STACK_BYTES;
+        context.uc_stack.ss_size = STACK_BYTES - unused;
         context.uc_link = nullptr;
         makecontext(&context, entry, 0);
     }

@@ -71,6 +71,12 @@ struct Fiber {
     uint32_t num_groups;
 };
 
+// Lanes that wait for others, and those that have ended.
+struct Warp {
+    uint32_t together;
+    uint32_t ended;
+};
+
 struct Barrier {
     unsigned expected;
     unsigned arrived;
@@ -98,6 +104,7 @@ struct Machine {
     unsigned char* shared;
     Shadow shadow{SHARED_BYTES};
     Fiber fibers[MAX_THREADS] = {};
+    Warp warps[MAX_WARPS];
     Barrier barriers[MAX_BARRIERS];
     StaticArray statics[MAX_STATIC_ARRAYS];
     // Of this library: its constants are read as any memory.
@@ -212,6 +219,8 @@ void fiber_main() {
         for (unsigned index = 0; index < fiber.num_copies; index++) complete(fiber, fiber.copies[index]);
         fiber.num_copies = 0;
         fiber.state = State::Ended;
+        const unsigned thread = thread_of(fiber);
+        machine->warps[thread / 32].ended |= uint32_t(1) << thread % 32;
         machine->num_ended++;
         to_main();
     }
@@ -326,6 +335,7 @@ void run_block(Index3 block_index) {
     // What nobody wrote is not a number.
     memset(machine->shared + DYNAMIC_START, 0xff, request.shared_bytes);
     for (Barrier& barrier : machine->barriers) barrier = Barrier{};
+    for (Warp& warp : machine->warps) warp = Warp{};
     for (unsigned index = 0; index < machine->num_threads; index++) {
         Fiber& fiber = machine->fibers[index];
         const Index3& dim = request.block;
@@ -334,7 +344,8 @@ void run_block(Index3 block_index) {
         fiber.has_waited = false;
         fiber.num_copies = 0;
         fiber.num_groups = 0;
-        fiber.place.start(machine->stacks + index * STACK_BYTES, fiber_main);
+        // Stacks begin at different lines of a page, or they would push each other out of the host's caches.
+        fiber.place.start(machine->stacks + index * STACK_BYTES, index * 13 % 64 * 256, fiber_main);
     }
     while (machine->num_ended < machine->num_threads) {
         machine->has_progress = false;
@@ -422,23 +433,25 @@ void together(uint32_t mask, Perform perform, void* operands) {
     Fiber& fiber = *machine->running;
     const unsigned thread = thread_of(fiber), first = thread / 32 * 32;
     if (!(mask >> thread % 32 & 1)) fail("is not in the mask %#x of an operation of its warp", mask);
+    Warp& warp = machine->warps[thread / 32];
+    if (warp.ended & mask) fail("waits for lane %d, which has ended", __builtin_ctz(warp.ended & mask));
     fiber.state = State::Together;
     fiber.mask = mask;
     fiber.perform = perform;
     fiber.operands = operands;
+    warp.together |= uint32_t(1) << thread % 32;
     void* lanes[32] = {};
-    for (unsigned lane = 0; lane < 32; lane++) {
+    bool is_last = (warp.together & mask) == mask;
+    for (unsigned lane = 0; lane < 32 && is_last; lane++) {
         if (!(mask >> lane & 1)) continue;
         const Fiber& other = machine->fibers[first + lane];
-        if (other.state == State::Ended) fail("waits for lane %u, which has ended", lane);
-        if (other.state != State::Together || other.perform != perform || other.mask != mask) {
-            // The last of them carries it out.
-            to_main();
-            return;
-        }
+        is_last = other.perform == perform && other.mask == mask;
         lanes[lane] = other.operands;
     }
+    // The last of them carries it out.
+    if (!is_last) return to_main();
     perform(lanes, mask);
+    warp.together &= ~mask;
     for (unsigned lane = 0; lane < 32; lane++) {
         if (mask >> lane & 1) machine->fibers[first + lane].state = State::Ready;
     }

@@ -28,14 +28,18 @@ class Shadow {
     static constexpr uint16_t THREAD = MAX_THREADS - 1;
 
     // Times of 0 stand for never. Two reads are kept: the last one, and the last one of another warp than that.
-    struct Byte {
+    struct Cell {
         uint32_t write_time;
         uint32_t read_times[2];
         uint16_t writer;
         uint16_t readers[2];
     };
 
-    std::vector<Byte> bytes;
+    // Accesses of whole words are remembered by word, others by byte; a word that was accessed in parts says since which
+    // block.
+    std::vector<Cell> words;
+    std::vector<Cell> bytes;
+    std::vector<uint32_t> has_parts;
     uint32_t clock[MAX_WARPS];
     uint32_t known[MAX_WARPS][MAX_WARPS];
     uint32_t latest = 0;
@@ -46,7 +50,7 @@ class Shadow {
     }
 
 public:
-    explicit Shadow(size_t len) : bytes(len) {}
+    explicit Shadow(size_t len) : words(len / 4), bytes(len), has_parts(len / 4) {}
 
     // A block begins: what the last one did is past.
     void start_block() {
@@ -62,7 +66,9 @@ public:
     }
 
     void clear() {
-        for (Byte& byte : bytes) byte = Byte{};
+        for (Cell& cell : words) cell = Cell{};
+        for (Cell& cell : bytes) cell = Cell{};
+        for (uint32_t& block : has_parts) block = 0;
         latest = 0;
     }
 
@@ -90,38 +96,62 @@ public:
 
     // Looks at an access and remembers it.
     Conflict touch(size_t start, size_t len, unsigned thread, Access access) {
-        const uint32_t now = clock[thread / 32];
-        for (size_t at = start; at < start + len; at++) {
-            Byte& byte = bytes[at];
-            const unsigned writer = byte.writer & THREAD;
-            if (byte.writer & PENDING && byte.write_time >= start_of_block) {
-                if (access != Access::CopyDone || writer != thread) {
-                    return {"touches bytes of an asynchronous copy before its wait", writer};
+        const size_t end = start + len;
+        for (size_t at = start; at < end;) {
+            const size_t word = at / 4;
+            Conflict conflict;
+            if (at % 4 == 0 && end - at >= 4) {
+                conflict = visit<true>(words[word], thread, access);
+                if (has_parts[word] == start_of_block) {
+                    for (size_t byte = at; byte < at + 4 && conflict.what == nullptr; byte++) {
+                        conflict = visit<false>(bytes[byte], thread, access);
+                    }
                 }
+                at += 4;
+            } else {
+                has_parts[word] = start_of_block;
+                conflict = visit<false>(words[word], thread, access);
+                if (conflict.what == nullptr) conflict = visit<true>(bytes[at], thread, access);
+                at++;
             }
-            const bool is_atomic = access == Access::Atomic;
-            if (!(is_atomic && byte.writer & ATOMIC) && !is_ordered(writer, byte.write_time, thread)) {
-                return {access == Access::Read ? "reads what another thread writes, with no barrier between"
-                                               : "writes where another thread writes, with no barrier between",
-                        writer};
-            }
-            if (access == Access::Read) {
-                if (byte.readers[0] / 32 != thread / 32) {
-                    byte.readers[1] = byte.readers[0];
-                    byte.read_times[1] = byte.read_times[0];
-                }
-                byte.readers[0] = static_cast<uint16_t>(thread);
-                byte.read_times[0] = now;
-                continue;
-            }
-            for (unsigned slot = 0; slot < 2; slot++) {
-                if (!is_ordered(byte.readers[slot], byte.read_times[slot], thread)) {
-                    return {"writes where another thread reads, with no barrier between", byte.readers[slot]};
-                }
-            }
-            byte.writer = static_cast<uint16_t>(thread | (is_atomic ? ATOMIC : 0) | (access == Access::Copy ? PENDING : 0));
-            byte.write_time = now;
+            if (conflict.what != nullptr) return conflict;
         }
+        return {};
+    }
+
+private:
+    template <bool remembers> Conflict visit(Cell& cell, unsigned thread, Access access) {
+        const unsigned writer = cell.writer & THREAD;
+        if (cell.writer & PENDING && cell.write_time >= start_of_block) {
+            if (access != Access::CopyDone || writer != thread) {
+                return {"touches bytes of an asynchronous copy before its wait", writer};
+            }
+        }
+        const bool is_atomic = access == Access::Atomic;
+        if (!(is_atomic && cell.writer & ATOMIC) && !is_ordered(writer, cell.write_time, thread)) {
+            return {access == Access::Read ? "reads what another thread writes, with no barrier between"
+                                           : "writes where another thread writes, with no barrier between",
+                    writer};
+        }
+        const uint32_t now = clock[thread / 32];
+        if (access == Access::Read) {
+            if (!remembers) return {};
+            if (cell.readers[0] / 32 != thread / 32) {
+                cell.readers[1] = cell.readers[0];
+                cell.read_times[1] = cell.read_times[0];
+            }
+            cell.readers[0] = static_cast<uint16_t>(thread);
+            cell.read_times[0] = now;
+            return {};
+        }
+        for (unsigned slot = 0; slot < 2; slot++) {
+            if (!is_ordered(cell.readers[slot], cell.read_times[slot], thread)) {
+                return {"writes where another thread reads, with no barrier between", cell.readers[slot]};
+            }
+        }
+        if (!remembers) return {};
+        cell.writer = static_cast<uint16_t>(thread | (is_atomic ? ATOMIC : 0) | (access == Access::Copy ? PENDING : 0));
+        cell.write_time = now;
         return {};
     }
 };

@@ -39,14 +39,18 @@ template <class T> DEVICE T warp_running_sum(T x) {
     return x;
 }
 
-// Sum over a block of whole warps, in every thread: lanes as above, then warps in ascending order. `of_warps` has room for
-// one number per warp and may be used again after the call.
+// Of what each warp left in `of_warps`, number `warp` of the block's; `none` where there is no such warp.
+template <class T> DEVICE T of_lane_warp(const T* of_warps, T none) {
+    return lane_index() < blockDim.x / 32 ? of_warps[lane_index()] : none;
+}
+
+// Sum over a block of whole warps, in every thread: lanes as above, then warps the same way. `of_warps` has room for one
+// number per warp and may be used again after the call.
 template <class T> DEVICE T block_sum(T x, T* of_warps) {
     x = warp_sum(x);
     if (lane_index() == 0) of_warps[warp_index()] = x;
     __syncthreads();
-    T sum = of_warps[0];
-    for (unsigned warp = 1; warp < blockDim.x / 32; warp++) sum += of_warps[warp];
+    const T sum = warp_sum(of_lane_warp(of_warps, T(0)));
     __syncthreads();
     return sum;
 }
@@ -56,8 +60,7 @@ template <class T> DEVICE T block_max(T x, T* of_warps) {
     x = warp_max(x);
     if (lane_index() == 0) of_warps[warp_index()] = x;
     __syncthreads();
-    T largest = of_warps[0];
-    for (unsigned warp = 1; warp < blockDim.x / 32; warp++) largest = max(largest, of_warps[warp]);
+    const T largest = warp_max(of_lane_warp(of_warps, of_warps[0]));
     __syncthreads();
     return largest;
 }
@@ -66,8 +69,7 @@ template <class T> DEVICE T block_min(T x, T* of_warps) {
     x = warp_min(x);
     if (lane_index() == 0) of_warps[warp_index()] = x;
     __syncthreads();
-    T smallest = of_warps[0];
-    for (unsigned warp = 1; warp < blockDim.x / 32; warp++) smallest = min(smallest, of_warps[warp]);
+    const T smallest = warp_min(of_lane_warp(of_warps, of_warps[0]));
     __syncthreads();
     return smallest;
 }

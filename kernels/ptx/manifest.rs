@@ -1,2 +1,66 @@
-// Made together with the files that it names: do not edit.
-&[]
+// Made by make.py together with the files that it names: do not edit.
+&[
+    PtxModule {
+        name: "embed",
+        arch: Arch::Sm80,
+        text: include_bytes!("embed.sm_80.ptx"),
+        sha256: "0277e182eed5ab119210a09bbda18b80961598e43ddd82fe2b21f0582ef9d732",
+        source_sha256: "faa9967811bdf5e427705a1bdbadb3e642d64e0e73bf0c89d6bbf014772d4a58",
+    },
+    PtxModule {
+        name: "gather_rows",
+        arch: Arch::Sm80,
+        text: include_bytes!("gather_rows.sm_80.ptx"),
+        sha256: "ead5fc99fb0d973219a85c339a044d4b8cef66fb8646aa902b5b1e4cbc19d899",
+        source_sha256: "dafc137dc27a66c56477ae69b0727d16de6f9fb95bca11809a870869b9bb081f",
+    },
+    PtxModule {
+        name: "linear",
+        arch: Arch::Sm80,
+        text: include_bytes!("linear.sm_80.ptx"),
+        sha256: "874c852a1d83ef7004d525a3aa8bdca8a028699c5f9be2bc1de26aef1eebe52d",
+        source_sha256: "7f3ab934ccad08a83f9f7d71a6f73e5935d05f106cac3326856f03cec4fef967",
+    },
+    PtxModule {
+        name: "logprobs",
+        arch: Arch::Sm80,
+        text: include_bytes!("logprobs.sm_80.ptx"),
+        sha256: "6e2d4e16c5c15fa0620f66c3fcf87c1b5ab1522837fa33e92f8f7115f29fa5e0",
+        source_sha256: "66c5b8e712d85197a3305db33c048f7b0804eb18cba3e9dac6d3474e421ffe86",
+    },
+    PtxModule {
+        name: "paged_attention",
+        arch: Arch::Sm80,
+        text: include_bytes!("paged_attention.sm_80.ptx"),
+        sha256: "3791b11ada3c8aa96ce9738fdb39cc5eb74fda362d95fb467671dcd24113d269",
+        source_sha256: "de63d77561bb1e47490d1724e7be0d7d50a80c7a591981bd85889aad0520bcb2",
+    },
+    PtxModule {
+        name: "rms_norm",
+        arch: Arch::Sm80,
+        text: include_bytes!("rms_norm.sm_80.ptx"),
+        sha256: "61431b79720634654e3a30d3368e1f6413e01cc5d8b59ef110b93c0766e8c7ab",
+        source_sha256: "d19ccd8aa694fdfc4e532cd90f6f2828ddd83c9952246083003d23ae86ab44b5",
+    },
+    PtxModule {
+        name: "rope_kv_write",
+        arch: Arch::Sm80,
+        text: include_bytes!("rope_kv_write.sm_80.ptx"),
+        sha256: "2110f4c69dde36f61bb8b364de72a7922d96dcdb60f9898ed742fab8141b070a",
+        source_sha256: "4b9051ddacab182b307f046271d27ff409b40eb369c2f8fc0b5e271406d39888",
+    },
+    PtxModule {
+        name: "rope_table",
+        arch: Arch::Sm80,
+        text: include_bytes!("rope_table.sm_80.ptx"),
+        sha256: "8c5bdab8d597485b8e9439c100867fb0195568435225e456412fab4a22d43edc",
+        source_sha256: "ec6d40f05bb3ea96b8805d826c564de8f1d17232ab6a110d40c7ef86cb1230ee",
+    },
+    PtxModule {
+        name: "sample",
+        arch: Arch::Sm80,
+        text: include_bytes!("sample.sm_80.ptx"),
+        sha256: "565895b0ddea65c688855cacc7742eb7f22fe36e681419b19c523c2edf6a48a1",
+        source_sha256: "3201f410302ebf6c00fccc1d25c57d9b005fef2fe26b0c7df908dfdbbfec9945",
+    },
+]

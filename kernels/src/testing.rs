@@ -10,6 +10,7 @@ use half::bf16;
 
 use crate::DType;
 use crate::cpu::{CpuBackend, CpuConfig, CpuKv, Isa};
+use crate::cuda::CudaBackend;
 use crate::kv_layout::{KvPlace, quantize};
 
 /// How far a number may be from what is expected: `abs + rel * |expected|`.
@@ -182,6 +183,17 @@ pub fn cpu_backends(num_threads: &[usize]) -> Vec<CpuBackend> {
         }
     }
     backends
+}
+
+/// The CUDA backend over the emulator; none where device code is not emulated, and a line that says so.
+pub fn emulated_backends() -> Vec<CudaBackend<Emulator>> {
+    match Emulator::new() {
+        Ok(device) => vec![CudaBackend::new(device).expect("little memory")],
+        Err(error) => {
+            println!("skipped: {error}");
+            Vec::new()
+        }
+    }
 }
 
 #[cfg(test)]

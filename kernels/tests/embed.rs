@@ -1,7 +1,7 @@
 //! `embed` on every backend against its reference: data movement, so exact.
 
 use quire_kernels::ops::embed::{Embed, reference};
-use quire_kernels::testing::{Rng, assert_same_bits, cpu_backends};
+use quire_kernels::testing::{POISON, Rng, assert_same_bits, cpu_backends, emulated_backends};
 use quire_kernels::weight_format::{Codes, Grouping};
 use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
 
@@ -11,8 +11,17 @@ fn bytes_of(numbers: &[f32]) -> Vec<u8> {
 
 #[test]
 fn rows_come_out_as_they_were_packed() {
+    rows_come_out_of(cpu_backends(&[1, 3]));
+}
+
+#[test]
+fn rows_come_out_as_they_were_packed_for_an_emulated_device() {
+    rows_come_out_of(emulated_backends());
+}
+
+fn rows_come_out_of<B: Backend>(backends: Vec<B>) {
     let mut rng = Rng::new(1);
-    for mut backend in cpu_backends(&[1, 3]) {
+    for mut backend in backends {
         let short = Grouping { codes: Codes::Int8, group_len: 32, has_min: true };
         let formats = [
             WeightFormat::F32,
@@ -40,7 +49,9 @@ fn rows_come_out_as_they_were_packed() {
                         backend.write_u32(&mut token_indices, 0, &indices).expect("fits");
                         // Past the tokens of the step lies what an earlier one left.
                         backend.write_u32(&mut token_indices, num_tokens, &[u32::MAX; 3]).expect("fits");
-                        let mut out = backend.alloc(DType::F32, num_tokens * hidden_size).expect("small");
+                        let mut actual = vec![POISON; num_tokens * hidden_size];
+                        let mut out = backend.alloc(DType::F32, actual.len()).expect("small");
+                        backend.write_f32(&mut out, 0, &actual).expect("fits");
                         backend
                             .embed(Embed {
                                 table: &table,
@@ -50,7 +61,6 @@ fn rows_come_out_as_they_were_packed() {
                                 out: &mut out,
                             })
                             .expect("arguments fit");
-                        let mut actual = vec![0.0; num_tokens * hidden_size];
                         backend.read_f32(&out, 0, &mut actual).expect("fits");
                         assert_same_bits(&actual, &reference::embed(&source, &tokens, &indices));
                     }
@@ -96,6 +106,33 @@ fn wrong_arguments_are_named() {
             let result =
                 backend.embed(Embed { table: &table, token_table, token_indices, num_tokens: 1, out: &mut out });
             assert_eq!(result, Err(KernelError::Type { op: "embed", argument, found: "f32" }));
+        }
+    }
+}
+
+#[test]
+fn a_device_tells_of_indices_past_their_tables_when_it_is_read() {
+    for mut backend in emulated_backends() {
+        let bytes = bytes_of(&[1.0; 12]);
+        let part = HostTensor { format: TensorFormat::F32, rows: 4, cols: 3, bytes: &bytes };
+        let source = WeightSource { parts: vec![part], layout: WeightLayout::Stacked, format: WeightFormat::Bf16 };
+        let table = backend.pack_weight(&source).expect("a good source");
+        for (tokens, indices, argument, value, limit) in
+            [([0, 1], [0, 2], "token_indices", 2, 2), ([0, 4], [0, 1], "token_table", 4, 4)]
+        {
+            let mut token_table = backend.alloc(DType::U32, 2).expect("small");
+            backend.write_u32(&mut token_table, 0, &tokens).expect("fits");
+            let mut token_indices = backend.alloc(DType::U32, 2).expect("small");
+            backend.write_u32(&mut token_indices, 0, &indices).expect("fits");
+            let mut out = backend.alloc(DType::F32, 6).expect("small");
+            let (token_table, token_indices) = (&token_table, &token_indices);
+            let args = Embed { table: &table, token_table, token_indices, num_tokens: 2, out: &mut out };
+            backend.embed(args).expect("sizes fit");
+            let mut after = vec![7.0; 6];
+            let found = backend.read_f32(&out, 0, &mut after);
+            assert_eq!(found, Err(KernelError::Range { op: "embed", argument, value, limit }));
+            backend.read_f32(&out, 0, &mut after).expect("fits");
+            assert_eq!(after, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], "the other row is there");
         }
     }
 }

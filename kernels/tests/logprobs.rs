@@ -1,17 +1,16 @@
-//! Log probabilities on every instruction set against their meaning.
+//! Log probabilities on every instruction set, and on an emulated device, against their meaning.
 
-use quire_kernels::cpu::CpuBackend;
 use quire_kernels::ops::logprobs::{Logprobs, LogprobsAt, reference};
 use quire_kernels::ops::sample::NON_FINITE;
-use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends};
+use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends, emulated_backends};
 use quire_kernels::{Backend, DType, KernelError};
 
 /// The sum of up to 152k exponentials is off by 4e-7 of itself, so its logarithm by that; the result is rounded once.
 const TOLERANCE: Tolerance = Tolerance { abs: 5e-7, rel: 1e-7 };
 
 /// Rows of logits and the tokens asked about.
-fn logprobs(
-    backend: &mut CpuBackend,
+fn logprobs<B: Backend>(
+    backend: &mut B,
     logits: &[f32],
     vocab_size: usize,
     rows: &[(u32, u32)],
@@ -55,8 +54,20 @@ fn logprobs(
 
 #[test]
 fn close_to_the_reference_with_exact_ranks() {
+    check_vocabularies(cpu_backends(&[1, 2]), &[1, 5, 16, 17, 33, 1000, 151_936]);
+}
+
+#[test]
+fn an_emulated_device_is_close_to_the_reference_with_exact_ranks() {
+    check_vocabularies(emulated_backends(), &[1, 5, 33, 1100, 4097]);
+}
+
+/// All of a vocabulary in order is much work for an emulator.
+const MAX_TOP: usize = 1000;
+
+fn check_vocabularies<B: Backend>(mut backends: Vec<B>, vocab_sizes: &[usize]) {
     let mut rng = Rng::new(1);
-    for vocab_size in [1, 5, 16, 17, 33, 1000, 151_936] {
+    for &vocab_size in vocab_sizes {
         let mut logits: Vec<f32> = rng.normals(2 * vocab_size).iter().map(|x| x * 5.0).collect();
         // The second row has many equals, and tokens that cannot be.
         for x in &mut logits[vocab_size..] {
@@ -66,6 +77,9 @@ fn close_to_the_reference_with_exact_ranks() {
             logits[vocab_size..].fill(1.0);
         }
         for num_top in [0, 1, 5, 20, vocab_size].into_iter().filter(|&num_top| num_top <= vocab_size) {
+            if backends.iter().any(|backend| backend.info().kind == "cuda") && num_top > MAX_TOP {
+                continue;
+            }
             let mut rows = Vec::new();
             for logits_row in [1, 0] {
                 for _ in 0..3 {
@@ -81,10 +95,10 @@ fn close_to_the_reference_with_exact_ranks() {
                 expected_values.extend(top.iter().map(|&(_, value)| value));
                 expected_ids.extend(top.iter().map(|&(id, _)| id));
             }
-            for mut backend in cpu_backends(&[1, 2]) {
-                let (values, ids) = logprobs(&mut backend, &logits, vocab_size, &rows, num_top);
+            for backend in &mut backends {
+                let (values, ids) = logprobs(backend, &logits, vocab_size, &rows, num_top);
                 assert_close(&values, &expected_values, TOLERANCE);
-                assert_eq!(ids, expected_ids, "{} {vocab_size} {num_top}", backend.isa());
+                assert_eq!(ids, expected_ids, "{} {vocab_size} {num_top}", backend.info().isa);
             }
         }
     }
@@ -92,26 +106,35 @@ fn close_to_the_reference_with_exact_ranks() {
 
 #[test]
 fn a_row_has_the_same_bits_in_any_batch() {
+    cpu_backends(&[1, 2, 3]).chunks_mut(3).for_each(same_bits_in_any_batch);
+    emulated_backends().chunks_mut(1).for_each(same_bits_in_any_batch);
+}
+
+/// `backends` compute alike.
+fn same_bits_in_any_batch<B: Backend>(backends: &mut [B]) {
     let mut rng = Rng::new(2);
     let (vocab_size, num_rows) = (3001, 9);
     let logits = rng.outliers(num_rows * vocab_size);
     let rows: Vec<(u32, u32)> = (0..num_rows as u32).map(|row| (row, row)).collect();
-    for backends in cpu_backends(&[1, 2, 3]).chunks_mut(3) {
-        let mut alone = (Vec::new(), Vec::new());
-        for (row, logits) in logits.chunks(vocab_size).enumerate() {
-            let (values, ids) = logprobs(&mut backends[0], logits, vocab_size, &[(0, row as u32)], 7);
-            alone.0.extend(values);
-            alone.1.extend(ids);
-        }
-        for backend in backends {
-            assert_eq!(logprobs(backend, &logits, vocab_size, &rows, 7), alone);
-        }
+    let mut alone = (Vec::new(), Vec::new());
+    for (row, logits) in logits.chunks(vocab_size).enumerate() {
+        let (values, ids) = logprobs(&mut backends[0], logits, vocab_size, &[(0, row as u32)], 7);
+        alone.0.extend(values);
+        alone.1.extend(ids);
+    }
+    for backend in backends {
+        assert_eq!(logprobs(backend, &logits, vocab_size, &rows, 7), alone);
     }
 }
 
 #[test]
 fn rows_that_are_not_finite_end_without_harm() {
-    for mut backend in cpu_backends(&[1]) {
+    not_finite_rows_end(cpu_backends(&[1]));
+    not_finite_rows_end(emulated_backends());
+}
+
+fn not_finite_rows_end<B: Backend>(backends: Vec<B>) {
+    for mut backend in backends {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for logits in [vec![bad; 40], [vec![1.0; 39], vec![bad]].concat()] {
                 let (values, ids) = logprobs(&mut backend, &logits, 40, &[(0, NON_FINITE)], 40);
@@ -128,7 +151,11 @@ fn rows_that_are_not_finite_end_without_harm() {
 
 #[test]
 fn what_does_not_fit_is_named() {
-    let mut backend = cpu_backends(&[1]).remove(0);
+    name_what_does_not_fit(cpu_backends(&[1]).remove(0));
+    emulated_backends().into_iter().for_each(name_what_does_not_fit);
+}
+
+fn name_what_does_not_fit<B: Backend>(mut backend: B) {
     let logits = backend.alloc(DType::F32, 2 * 10).expect("room");
     let mut out_values = backend.alloc(DType::F32, 4).expect("room");
     let mut out_ids = backend.alloc(DType::U32, 4).expect("room");
@@ -149,7 +176,9 @@ fn what_does_not_fit_is_named() {
             out_ids: &mut out_ids,
             out_offset: 0,
         };
-        backend.logprobs(args).expect_err("refused")
+        // A device tells of what lies in its memory when it is read.
+        let result = backend.logprobs(args);
+        result.and_then(|()| backend.read_u32(&out_ids, 0, &mut [0; 4])).expect_err("refused")
     };
     let op = "logprobs";
     assert_eq!(refused(2, 0, 1, 0), KernelError::Range { op, argument: "logits_row", value: 2, limit: 2 });

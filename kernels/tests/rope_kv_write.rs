@@ -1,10 +1,11 @@
-//! Rotated queries and the written cache on every instruction set against their meaning.
+//! Rotated queries and the written cache on every instruction set, and on an emulated device, against their meaning.
 
 use half::bf16;
 use quire_kernels::cpu::{CpuBackend, CpuKv};
+use quire_kernels::cuda::{CudaBackend, CudaKv, Device};
 use quire_kernels::kv_layout::KvPlace;
 use quire_kernels::ops::rope_kv_write::{AttentionShape, NO_SLOT, QkNorm, RopeKvWrite, reference};
-use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends, read_kv};
+use quire_kernels::testing::{Emulator, Rng, Tolerance, assert_close, cpu_backends, emulated_backends, read_kv};
 use quire_kernels::{Backend, DType, KernelError, KvLayout};
 
 /// Two products and a sum, each rounded to 24 bits; with the norm before them, its 2e-6 too. Relative to the
@@ -50,7 +51,7 @@ impl Case {
     }
 
     /// The changed `qkv`, and the cache.
-    fn run(&self, backend: &mut CpuBackend, inputs: &Inputs) -> (Vec<f32>, Vec<f32>) {
+    fn run<B: ReadCache>(&self, backend: &mut B, inputs: &Inputs) -> (Vec<f32>, Vec<f32>) {
         let mut upload = |data: &[f32]| {
             let mut buffer = backend.alloc(DType::F32, data.len()).expect("room");
             backend.write_f32(&mut buffer, 0, data).expect("it fits");
@@ -76,7 +77,48 @@ impl Case {
         backend.rope_kv_write(args).expect("shapes fit");
         let mut result = vec![0.0; inputs.qkv.len()];
         backend.read_f32(&qkv, 0, &mut result).expect("it fits");
-        (result, read_cache(&kv))
+        (result, read_cache(&backend.host_cache(&kv)))
+    }
+}
+
+/// A device whose cache can be looked at.
+trait ReadCache: Backend {
+    /// The cache in the memory of the host.
+    fn host_cache(&mut self, kv: &Self::Kv) -> CpuKv;
+}
+
+impl ReadCache for CpuBackend {
+    fn host_cache(&mut self, kv: &CpuKv) -> CpuKv {
+        let mut copy = self.alloc_kv(kv.layout()).expect("room");
+        match kv.layout().dtype {
+            DType::F32 => copy.f32_mut("copy").expect("f32").copy_from_slice(kv.f32("copy").expect("f32")),
+            DType::I8 => copy.i8_mut("copy").expect("int8").copy_from_slice(kv.i8("copy").expect("int8")),
+            _ => copy.bf16_mut("copy").expect("bf16").copy_from_slice(kv.bf16("copy").expect("bf16")),
+        }
+        copy
+    }
+}
+
+impl ReadCache for CudaBackend<Emulator> {
+    fn host_cache(&mut self, kv: &CudaKv) -> CpuKv {
+        let mut bytes = vec![0; kv.layout().total_bytes()];
+        self.device().download(kv.ptr(), &mut bytes).expect("the cache is there");
+        let mut copy = cpu_backends(&[1])[0].alloc_kv(kv.layout()).expect("room");
+        match kv.layout().dtype {
+            DType::F32 => {
+                let numbers = bytes.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x));
+                copy.f32_mut("copy").expect("f32").iter_mut().zip(numbers).for_each(|(to, x)| *to = x);
+            }
+            DType::I8 => {
+                let numbers = bytes.iter().map(|&x| x as i8);
+                copy.i8_mut("copy").expect("int8").iter_mut().zip(numbers).for_each(|(to, x)| *to = x);
+            }
+            _ => {
+                let numbers = bytes.as_chunks::<2>().0.iter().map(|x| u16::from_le_bytes(*x));
+                copy.bf16_mut("copy").expect("bf16").iter_mut().zip(numbers).for_each(|(to, x)| *to = x);
+            }
+        }
+        copy
     }
 }
 
@@ -119,6 +161,11 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn close_to_the_reference_and_nothing_else_is_touched() {
+    check_all_cases(cpu_backends(&[1, 2]));
+    check_all_cases(emulated_backends());
+}
+
+fn check_all_cases<B: ReadCache>(mut backends: Vec<B>) {
     let mut rng = Rng::new(1);
     for case in cases() {
         let inputs = case.inputs(&mut rng);
@@ -139,8 +186,8 @@ fn close_to_the_reference_and_nothing_else_is_touched() {
                 }
             }
         }
-        for mut backend in cpu_backends(&[1, 2]) {
-            let (qkv, cache) = case.run(&mut backend, &inputs);
+        for backend in &mut backends {
+            let (qkv, cache) = case.run(backend, &inputs);
             let tolerance = match case.dtype {
                 DType::F32 => TOLERANCE,
                 // Half a step of a token's scale, which is the largest magnitude over 127.
@@ -159,13 +206,18 @@ fn close_to_the_reference_and_nothing_else_is_touched() {
 
 #[test]
 fn values_are_rounded_to_nearest_even_and_a_nan_stays_one() {
+    check_rounding(cpu_backends(&[1]));
+    check_rounding(emulated_backends());
+}
+
+fn check_rounding<B: ReadCache>(backends: Vec<B>) {
     let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 8 };
     let case = Case { shape, dtype: DType::Bf16, has_norm: false, num_tokens: 1 };
     let mut inputs = case.inputs(&mut Rng::new(1));
     let half_unit = 1.0 / 256.0;
     let values = [1.0 + half_unit, 1.0 + 3.0 * half_unit, -1.0 - half_unit, 1e-40, f32::MAX, f32::NAN, -0.0, 3.0];
     inputs.qkv[16..].copy_from_slice(&values);
-    for mut backend in cpu_backends(&[1]) {
+    for mut backend in backends {
         let (_, cache) = case.run(&mut backend, &inputs);
         let slot = inputs.slots[0] as usize;
         let place = KvPlace { layer: LAYER, block: slot / 16, kv_head: 0, offset: slot % 16 };
@@ -179,6 +231,11 @@ fn values_are_rounded_to_nearest_even_and_a_nan_stays_one() {
 
 #[test]
 fn a_quantized_token_has_its_own_scales_and_shows_what_is_no_number() {
+    check_scales(cpu_backends(&[1, 2]));
+    check_scales(emulated_backends());
+}
+
+fn check_scales<B: ReadCache>(backends: Vec<B>) {
     let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 8 };
     let case = Case { shape, dtype: DType::I8, has_norm: false, num_tokens: 3 };
     let mut inputs = case.inputs(&mut Rng::new(1));
@@ -187,7 +244,7 @@ fn a_quantized_token_has_its_own_scales_and_shows_what_is_no_number() {
         inputs.qkv[token * 24..][..24].iter_mut().for_each(|x| *x *= factor);
     }
     inputs.qkv[2 * 24 + 20] = f32::INFINITY;
-    for mut backend in cpu_backends(&[1, 2]) {
+    for mut backend in backends {
         let (_, cache) = case.run(&mut backend, &inputs);
         for (token, &slot) in inputs.slots.iter().enumerate() {
             let (block, offset) = (slot as usize / 16, slot as usize % 16);
@@ -205,40 +262,48 @@ fn a_quantized_token_has_its_own_scales_and_shows_what_is_no_number() {
 
 #[test]
 fn a_token_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
+    cpu_backends(&[1, 2, 3]).chunks_mut(3).for_each(check_same_bits);
+    emulated_backends().chunks_mut(1).for_each(check_same_bits);
+}
+
+fn check_same_bits<B: ReadCache>(backends: &mut [B]) {
     let mut rng = Rng::new(3);
     for case in cases() {
         let inputs = case.inputs(&mut rng);
-        for backends in cpu_backends(&[1, 2, 3]).chunks_mut(3) {
-            let all = case.run(&mut backends[0], &inputs);
-            for backend in &mut backends[1..] {
-                assert_eq!(case.run(backend, &inputs), all);
-            }
-            let token = case.num_tokens - 1;
-            let alone = Case { num_tokens: 1, ..case };
-            let part = |data: &[f32], len: usize| data[token * len..][..len].to_vec();
-            let own = Inputs {
-                qkv: part(&inputs.qkv, case.shape.qkv_len()),
-                cos_sin: part(&inputs.cos_sin, case.shape.head_dim),
-                slots: vec![inputs.slots[token]],
-                q_weight: inputs.q_weight.clone(),
-                k_weight: inputs.k_weight.clone(),
-                ..inputs
-            };
-            let (qkv, cache) = alone.run(&mut backends[0], &own);
-            assert_eq!(qkv, part(&all.0, case.shape.qkv_len()));
-            // Zero is what nobody wrote.
-            assert!(cache.iter().zip(&all.1).all(|(alone, all)| *alone == 0.0 || alone == all));
+        let all = case.run(&mut backends[0], &inputs);
+        for backend in &mut backends[1..] {
+            assert_eq!(case.run(backend, &inputs), all);
         }
+        let token = case.num_tokens - 1;
+        let alone = Case { num_tokens: 1, ..case };
+        let part = |data: &[f32], len: usize| data[token * len..][..len].to_vec();
+        let own = Inputs {
+            qkv: part(&inputs.qkv, case.shape.qkv_len()),
+            cos_sin: part(&inputs.cos_sin, case.shape.head_dim),
+            slots: vec![inputs.slots[token]],
+            q_weight: inputs.q_weight.clone(),
+            k_weight: inputs.k_weight.clone(),
+            ..inputs
+        };
+        let (qkv, cache) = alone.run(&mut backends[0], &own);
+        assert_eq!(qkv, part(&all.0, case.shape.qkv_len()));
+        // Zero is what nobody wrote.
+        assert!(cache.iter().zip(&all.1).all(|(alone, all)| *alone == 0.0 || alone == all));
     }
 }
 
 #[test]
 fn a_token_without_a_slot_turns_its_queries_and_leaves_the_cache_alone() {
+    check_no_slot(cpu_backends(&[2]));
+    check_no_slot(emulated_backends());
+}
+
+fn check_no_slot<B: ReadCache>(mut backends: Vec<B>) {
     let mut rng = Rng::new(4);
     for case in cases() {
         let inputs = case.inputs(&mut rng);
-        for mut backend in cpu_backends(&[2]) {
-            let (qkv, cache) = case.run(&mut backend, &inputs);
+        for backend in &mut backends {
+            let (qkv, cache) = case.run(backend, &inputs);
             assert!(cache.iter().any(|&x| x != 0.0));
             let nowhere = Inputs {
                 layout: inputs.layout,
@@ -248,7 +313,7 @@ fn a_token_without_a_slot_turns_its_queries_and_leaves_the_cache_alone() {
                 q_weight: inputs.q_weight.clone(),
                 k_weight: inputs.k_weight.clone(),
             };
-            let (same_qkv, cache) = case.run(&mut backend, &nowhere);
+            let (same_qkv, cache) = case.run(backend, &nowhere);
             assert_eq!(same_qkv, qkv);
             assert!(cache.iter().all(|&x| x == 0.0));
         }
@@ -292,4 +357,40 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     backend.read_f32(&qkv, 0, &mut result).expect("it fits");
     assert_eq!(result, [1.0; 32]);
     assert!(kv.f32("test").expect("f32").iter().all(|&x| x == 0.0));
+}
+
+#[test]
+fn a_device_tells_of_a_slot_past_the_cache_when_it_is_read() {
+    let shape = AttentionShape { num_heads: 2, num_kv_heads: 2, head_dim: 8 };
+    let case = Case { shape, dtype: DType::Bf16, has_norm: false, num_tokens: 2 };
+    let inputs = case.inputs(&mut Rng::new(5));
+    for mut backend in emulated_backends() {
+        let mut qkv = backend.alloc(DType::F32, inputs.qkv.len()).expect("room");
+        backend.write_f32(&mut qkv, 0, &inputs.qkv).expect("it fits");
+        let mut cos_sin = backend.alloc(DType::F32, inputs.cos_sin.len()).expect("room");
+        backend.write_f32(&mut cos_sin, 0, &inputs.cos_sin).expect("it fits");
+        let mut slot_mapping = backend.alloc(DType::U32, 2).expect("room");
+        let num_slots = inputs.layout.num_slots();
+        backend.write_u32(&mut slot_mapping, 0, &[num_slots as u32, 1]).expect("it fits");
+        let mut kv = backend.alloc_kv(&inputs.layout).expect("room");
+        let args = RopeKvWrite {
+            qkv: &mut qkv,
+            num_tokens: 2,
+            shape,
+            cos_sin: &cos_sin,
+            qk_norm: None,
+            slot_mapping: &slot_mapping,
+            kv: &mut kv,
+            layer: LAYER,
+        };
+        backend.rope_kv_write(args).expect("sizes fit");
+        let mut after = vec![0.0; inputs.qkv.len()];
+        let (value, limit) = (num_slots as u64, num_slots as u64);
+        let expected = KernelError::Range { op: "rope_kv_write", argument: "slot_mapping", value, limit };
+        assert_eq!(backend.read_f32(&qkv, 0, &mut after), Err(expected));
+        backend.read_f32(&qkv, 0, &mut after).expect("it fits");
+        let len = shape.qkv_len();
+        assert_eq!(after[..len], inputs.qkv[..len], "the token with the bad slot is left alone");
+        assert_ne!(after[len..], inputs.qkv[len..], "the other one is not");
+    }
 }

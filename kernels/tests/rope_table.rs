@@ -1,7 +1,7 @@
-//! Rotary angles on every instruction set against their meaning, and against what models' own code gives.
+//! Rotary angles on every instruction set, and on an emulated device, against their meaning, and against what models' own code gives.
 
 use quire_kernels::ops::rope_table::{RopeFrequencies, RopeTable, reference};
-use quire_kernels::testing::{Rng, Tolerance, assert_close, assert_same_bits, cpu_backends};
+use quire_kernels::testing::{POISON, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends, emulated_backends};
 use quire_kernels::{Backend, DType, KernelError};
 
 /// One rounding of the result, one of the product with the magnitude.
@@ -15,8 +15,9 @@ fn rope_table<B: Backend>(
 ) -> Vec<f32> {
     let mut buffer = backend.alloc(DType::U32, positions.len()).expect("room");
     backend.write_u32(&mut buffer, 0, positions).expect("it fits");
-    let mut result = vec![0.0; positions.len() * 2 * frequencies.len()];
+    let mut result = vec![POISON; positions.len() * 2 * frequencies.len()];
     let mut out = backend.alloc(DType::F32, result.len()).expect("room");
+    backend.write_f32(&mut out, 0, &result).expect("it fits");
     let num_tokens = positions.len();
     let args = RopeTable { positions: &buffer, num_tokens, frequencies, magnitude, out: &mut out };
     backend.rope_table(args).expect("shapes fit");
@@ -29,8 +30,7 @@ fn llama_frequencies(head_dim: usize, base: f64) -> RopeFrequencies {
     RopeFrequencies::Fixed { inverse }
 }
 
-#[test]
-fn close_to_the_reference() {
+fn close_to_the_reference<B: Backend>(mut backends: Vec<B>) {
     let mut rng = Rng::new(1);
     let mut positions: Vec<u32> = (0..200).map(|_| rng.below(200_000) as u32).collect();
     positions.extend([0, 1, 31, 32, 33, 1_000_000]);
@@ -41,29 +41,63 @@ fn close_to_the_reference() {
         (RopeFrequencies::DynamicNtk { base: 1e4, factor: 4.0, original_len: 32, head_dim: 16 }, 1.0),
     ] {
         let expected = reference::rope_table(&positions, &frequencies, magnitude);
-        for mut backend in cpu_backends(&[1, 2]) {
-            assert_close(&rope_table(&mut backend, &positions, &frequencies, magnitude), &expected, TOLERANCE);
+        for backend in &mut backends {
+            assert_close(&rope_table(backend, &positions, &frequencies, magnitude), &expected, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn close_to_the_reference_on_the_cpu() {
+    close_to_the_reference(cpu_backends(&[1, 2]));
+}
+
+#[test]
+fn close_to_the_reference_on_an_emulated_device() {
+    close_to_the_reference(emulated_backends());
+}
+
+/// Whatever their size, angles are reduced alike: those of many quarter turns by other means than small ones.
+#[test]
+fn an_emulated_device_has_the_bits_of_the_cpu() {
+    let mut rng = Rng::new(2);
+    // A frequency of 1 and positions of all sizes, then sizes beyond any context.
+    let positions: Vec<u32> = (0..32).flat_map(|bits| [0; 20].map(|_| rng.next_u64() as u32 >> bits)).collect();
+    let inverse = vec![1.0, 0.37, 1e-3, 12345.678, 1e20, 1e29, f32::MAX, f32::INFINITY];
+    let frequencies = RopeFrequencies::Fixed { inverse };
+    let expected = rope_table(&mut cpu_backends(&[1])[0], &positions, &frequencies, 1.0);
+    for backend in &mut emulated_backends() {
+        for (&actual, &expected) in rope_table(backend, &positions, &frequencies, 1.0).iter().zip(&expected) {
+            assert!(actual.to_bits() == expected.to_bits() || (actual.is_nan() && expected.is_nan()));
         }
     }
 }
 
 #[test]
 fn dynamic_frequencies_are_fixed_ones_within_the_original_length_and_depend_on_the_position_alone() {
+    check_dynamic_frequencies(&mut cpu_backends(&[1])[0]);
+    emulated_backends().iter_mut().for_each(check_dynamic_frequencies);
+}
+
+fn check_dynamic_frequencies<B: Backend>(backend: &mut B) {
     let positions: Vec<u32> = (0..100).collect();
     let dynamic = RopeFrequencies::DynamicNtk { base: 1e4, factor: 2.0, original_len: 64, head_dim: 32 };
-    let mut backend = cpu_backends(&[1]).remove(0);
-    let all = rope_table(&mut backend, &positions, &dynamic, 1.0);
-    let fixed = rope_table(&mut backend, &positions, &llama_frequencies(32, 1e4), 1.0);
+    let all = rope_table(backend, &positions, &dynamic, 1.0);
+    let fixed = rope_table(backend, &positions, &llama_frequencies(32, 1e4), 1.0);
     assert_same_bits(&all[..64 * 32], &fixed[..64 * 32]);
     assert_ne!(all[64 * 32..], fixed[64 * 32..]);
     for (position, expected) in positions.iter().zip(all.chunks(32)) {
-        assert_same_bits(&rope_table(&mut backend, &[*position], &dynamic, 1.0), expected);
+        assert_same_bits(&rope_table(backend, &[*position], &dynamic, 1.0), expected);
     }
 }
 
 #[test]
 fn wrong_shapes_are_named() {
-    let mut backend = cpu_backends(&[1]).remove(0);
+    wrong_shapes_are_named_by(cpu_backends(&[1]).remove(0));
+    emulated_backends().into_iter().for_each(wrong_shapes_are_named_by);
+}
+
+fn wrong_shapes_are_named_by<B: Backend>(mut backend: B) {
     let positions = backend.alloc(DType::U32, 3).expect("room");
     let mut out = backend.alloc(DType::F32, 3 * 8).expect("room");
     let mut run = |num_tokens, frequencies: &RopeFrequencies| {

@@ -1,8 +1,7 @@
-//! Sampling on every instruction set against its meaning: the same draw must choose the same token.
+//! Sampling on every instruction set, and on an emulated device, against its meaning: the same draw must choose the same token.
 
-use quire_kernels::cpu::CpuBackend;
 use quire_kernels::ops::sample::{NON_FINITE, Sample, SampleAt, SamplerRow, SamplerShape, philox, reference};
-use quire_kernels::testing::{Rng, cpu_backends};
+use quire_kernels::testing::{Rng, cpu_backends, emulated_backends};
 use quire_kernels::{Backend, DType, KernelError};
 
 const MAX_MODEL_LEN: usize = 64;
@@ -35,7 +34,7 @@ struct Row<'a> {
 }
 
 /// Chosen tokens, and the token table after them; row i of the batch is row `rows.len() - 1 - i` of the tables.
-fn sample(backend: &mut CpuBackend, rows: &[Row<'_>]) -> (Vec<u32>, Vec<u32>) {
+fn sample<B: Backend>(backend: &mut B, rows: &[Row<'_>]) -> (Vec<u32>, Vec<u32>) {
     let shape =
         SamplerShape { max_num_seqs: rows.len(), max_model_len: MAX_MODEL_LEN, vocab_size: rows[0].logits.len() };
     let mut sampler = backend.alloc_sampler(&shape).expect("room");
@@ -108,12 +107,54 @@ fn check(logits: &[f32], tokens: &[u32], params: SamplerRow<'_>, num_draws: u64)
     assert!(expected.iter().flatten().count() * 10 >= rows.len() * 9, "most draws are decided");
     for mut backend in cpu_backends(&[2]) {
         for (rows, expected) in rows.chunks(64).zip(expected.chunks(64)) {
-            let (actual, _) = sample(&mut backend, rows);
-            for ((row, &expected), &actual) in rows.iter().zip(expected).zip(&actual) {
-                if let Some(expected) = expected {
-                    assert_eq!(actual, expected, "{} {:?}", backend.isa(), row.params);
-                }
-            }
+            compare(&mut backend, rows, expected);
+        }
+    }
+    // Slow: the first draw, and that of small vocabularies.
+    if logits.len() <= MAX_EMULATED_VOCAB {
+        for mut backend in emulated_backends() {
+            compare(&mut backend, &rows[..1], &expected[..1]);
+        }
+    }
+}
+
+/// Larger vocabularies have a test of their own in the emulator.
+const MAX_EMULATED_VOCAB: usize = 1100;
+
+#[test]
+fn an_emulated_device_with_more_tokens_than_threads() {
+    let mut rng = Rng::new(10);
+    let tokens: Vec<u32> = (0..60).map(|_| rng.below(5003) as u32).collect();
+    let logits: Vec<Vec<f32>> =
+        (0..16).map(|i| rng.normals(5003).iter().map(|x| x * (1 + i % 3) as f32).collect()).collect();
+    let params = [
+        PLAIN,
+        SamplerRow { temperature: 0.0, ..PLAIN },
+        SamplerRow { top_k: 50, top_p: 0.9, ..PLAIN },
+        SamplerRow { top_k: 3000, ..PLAIN },
+        SamplerRow { top_p: 0.95, repetition_penalty: 1.2, frequency_penalty: 0.1, ..PLAIN },
+        SamplerRow { typical_p: 0.8, min_p: 1e-3, ..PLAIN },
+        SamplerRow { min_p: 0.02, ..PLAIN },
+        SamplerRow { typical_p: 0.5, top_k: 2000, ..PLAIN },
+    ];
+    let row = |index: usize| Row {
+        logits: &logits[index],
+        tokens: &tokens[..4 * index],
+        params: SamplerRow { seed: index as u64, prompt_len: 20, ..params[index % params.len()] },
+    };
+    let rows: Vec<Row<'_>> = (0..logits.len()).map(row).collect();
+    let expected: Vec<Option<u32>> = rows.iter().map(expected).collect();
+    for mut backend in emulated_backends() {
+        compare(&mut backend, &rows, &expected);
+    }
+}
+
+#[track_caller]
+fn compare<B: Backend>(backend: &mut B, rows: &[Row<'_>], expected: &[Option<u32>]) {
+    let (actual, _) = sample(backend, rows);
+    for ((row, &expected), &actual) in rows.iter().zip(expected).zip(&actual) {
+        if let Some(expected) = expected {
+            assert_eq!(actual, expected, "{} {:?}", backend.info().isa, row.params);
         }
     }
 }
@@ -306,8 +347,9 @@ fn rows_that_are_not_finite_are_named_and_disturb_nobody() {
             row(&banned, PLAIN),
             row(&good, PLAIN),
         ];
-        for mut backend in cpu_backends(&[1, 2]) {
-            let (chosen, table) = sample(&mut backend, &rows);
+        let mut results: Vec<_> = cpu_backends(&[1, 2]).iter_mut().map(|backend| sample(backend, &rows)).collect();
+        results.extend(emulated_backends().iter_mut().map(|backend| sample(backend, &rows)));
+        for (chosen, table) in results {
             assert!(chosen[1..8].iter().all(|&token| token == NON_FINITE), "{chosen:?}");
             assert!(chosen[0] < 40 && chosen[8] < 40 && chosen[9] == chosen[0], "{chosen:?}");
             for (index, &token) in chosen.iter().enumerate() {
@@ -389,9 +431,13 @@ fn a_full_row_of_the_table_stays_as_it_is() {
     let logits = [0.0, 1.0];
     let tokens = [1; MAX_MODEL_LEN];
     let row = Row { logits: &logits, tokens: &tokens, params: PLAIN };
-    let (chosen, table) = sample(&mut cpu_backends(&[1])[0], &[row.clone(), row]);
-    assert!(chosen[0] < 2);
-    assert_eq!(table, [1; 2 * MAX_MODEL_LEN]);
+    let rows = [row.clone(), row];
+    let mut results = vec![sample(&mut cpu_backends(&[1])[0], &rows)];
+    results.extend(emulated_backends().iter_mut().map(|backend| sample(backend, &rows)));
+    for (chosen, table) in results {
+        assert!(chosen[0] < 2);
+        assert_eq!(table, [1; 2 * MAX_MODEL_LEN]);
+    }
 }
 
 #[test]
@@ -413,24 +459,30 @@ fn a_row_has_the_same_token_at_any_place_of_any_batch() {
             Row { logits, tokens: &tokens[..index], params: SamplerRow { seed: index as u64, prompt_len: 5, ..params } }
         })
         .collect();
-    for backends in cpu_backends(&[1, 2, 3]).chunks_mut(3) {
-        let alone: Vec<u32> =
-            rows.iter().flat_map(|row| sample(&mut backends[0], std::slice::from_ref(row)).0).collect();
-        for backend in backends {
-            assert_eq!(sample(backend, &rows).0, alone);
-            let mut reversed = rows.clone();
-            reversed.reverse();
-            let mut chosen = sample(backend, &reversed).0;
-            chosen.reverse();
-            assert_eq!(chosen, alone);
-        }
+    cpu_backends(&[1, 2, 3]).chunks_mut(3).for_each(|backends| check_any_batch(backends, &rows));
+    emulated_backends().chunks_mut(1).for_each(|backends| check_any_batch(backends, &rows[..10]));
+}
+
+/// `backends` compute alike.
+fn check_any_batch<B: Backend>(backends: &mut [B], rows: &[Row<'_>]) {
+    let alone: Vec<u32> = rows.iter().flat_map(|row| sample(&mut backends[0], std::slice::from_ref(row)).0).collect();
+    for backend in backends {
+        assert_eq!(sample(backend, rows).0, alone);
+        let reversed: Vec<Row<'_>> = rows.iter().rev().cloned().collect();
+        let mut chosen = sample(backend, &reversed).0;
+        chosen.reverse();
+        assert_eq!(chosen, alone);
     }
 }
 
 #[test]
 fn bad_parameters_are_named_and_change_nothing() {
+    name_bad_parameters(cpu_backends(&[1]).remove(0));
+    emulated_backends().into_iter().for_each(name_bad_parameters);
+}
+
+fn name_bad_parameters<B: Backend>(mut backend: B) {
     let shape = SamplerShape { max_num_seqs: 2, max_model_len: 8, vocab_size: 33 };
-    let mut backend = cpu_backends(&[1]).remove(0);
     let mut sampler = backend.alloc_sampler(&shape).expect("room");
     let mut refused = |row, params: SamplerRow<'_>| match backend.set_sampler_row(&mut sampler, row, &params) {
         Err(KernelError::Range { op: "set_sampler_row", argument, .. }) => argument,
@@ -474,7 +526,9 @@ fn bad_parameters_are_named_and_change_nothing() {
             out: &mut out,
             out_offset,
         };
-        backend.sample(args).expect_err("refused")
+        // A device tells of what lies in its memory when it is read.
+        let result = backend.sample(args);
+        result.and_then(|()| backend.read_u32(&out, 0, &mut [0; 2])).expect_err("refused")
     };
     let range = |argument, value, limit| KernelError::Range { op: "sample", argument, value, limit };
     assert_eq!(refused(2, 1, 0, 0), range("row", 2, 2));
@@ -484,7 +538,9 @@ fn bad_parameters_are_named_and_change_nothing() {
     assert_eq!(refused(1, 8, 1, 0), shape_error("rows", 6, 4));
     let mut table = [0; 16];
     backend.read_u32(&token_table, 0, &mut table).expect("it fits");
-    assert_eq!(table, [0; 16]);
+    // Of a row that is refused; a device chooses a token for the other.
+    assert_eq!(table[8..], [0; 8]);
+    assert!(backend.info().kind != "cpu" || table[..8] == [0; 8]);
     for shape in [
         SamplerShape { max_num_seqs: 0, ..shape },
         SamplerShape { max_model_len: 0, ..shape },

@@ -18,6 +18,8 @@ pub struct PtxModule {
     pub text: &'static [u8],
     /// SHA-256 of `text`, in lower case hexadecimal.
     pub sha256: &'static str,
+    /// That of the sources that it was made of, see `ptx/make.py`: a test compares it with what is there.
+    pub source_sha256: &'static str,
 }
 
 /// All modules. An operation has one of [`Arch::Sm80`], and one of [`Arch::Sm90a`] where Hopper's own instructions help.

@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn hopper_gets_its_own_module_and_others_the_common_one() {
         const fn module(name: &'static str, arch: Arch) -> PtxModule {
-            PtxModule { name, arch, text: b"", sha256: "" }
+            PtxModule { name, arch, text: b"", sha256: "", source_sha256: "" }
         }
         const MODULES: &[PtxModule] =
             &[module("a", Arch::Sm80), module("b", Arch::Sm90a), module("b", Arch::Sm80), module("c", Arch::Sm90a)];

@@ -212,7 +212,18 @@ fn build(name: &str) -> Result<PathBuf, KernelError> {
         // What was never made is no loss.
         let _ = fs::remove_file(path);
     }
-    result.map(|()| library)
+    result?;
+    // What other sources of this name were compiled to is not needed any more.
+    for entry in fs::read_dir(&folder).map_err(|error| io(&folder, error))?.flatten() {
+        let file_name = entry.file_name();
+        let is_own = file_name.to_str().and_then(|text| text.strip_prefix(name)).is_some_and(|rest| {
+            rest.starts_with('-') && rest.len() == "-0123456789abcdef.so".len() && rest.ends_with(".so")
+        });
+        if is_own && entry.path() != library {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    Ok(library)
 }
 
 fn run(mut command: Command) -> Result<(), KernelError> {
