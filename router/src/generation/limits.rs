@@ -50,6 +50,11 @@ pub struct Limits {
     pub template_fuel: u64,
     /// Bytes that a chat template may write beyond 16 times its input.
     pub template_output_bytes: usize,
+    /// Responses that are kept to be read again or gone on with, the bytes that they take together, and the seconds that
+    /// each is kept for; the oldest go first.
+    pub max_stored_responses: usize,
+    pub max_stored_response_bytes: usize,
+    pub stored_response_seconds: u64,
     /// Whether `<|im_start|>` and its like in the prompt of a completions request are the model's special tokens. Off,
     /// because a caller that builds prompts from its users' words would let them forge turns; callers that render chat
     /// templates themselves can send token ids, or switch this on where every caller is trusted.
@@ -83,6 +88,9 @@ impl Default for Limits {
             max_waiting_tokenizations: 1024,
             template_fuel: 1_000_000,
             template_output_bytes: 1 << 20,
+            max_stored_responses: 1024,
+            max_stored_response_bytes: 64 << 20,
+            stored_response_seconds: 3600,
             special_tokens_in_prompts: false,
             strict: false,
             grammar: GrammarLimits::default(),
@@ -108,6 +116,9 @@ impl Limits {
             // More than a day and a half is no limit, and keeps sums of times in range.
             None if self.request_timeout_seconds > 131_072 => {
                 Err(("request_timeout_seconds", "must be at most 131072"))
+            }
+            None if self.stored_response_seconds > 131_072 => {
+                Err(("stored_response_seconds", "must be at most 131072"))
             }
             None if self.sse_keepalive_seconds > 131_072 => Err(("sse_keepalive_seconds", "must be at most 131072")),
             None if self.max_buffered_bytes < self.max_body_bytes => {

@@ -142,6 +142,40 @@ fn json_schema(raw: &RawValue) -> OutputFormat {
     OutputFormat::JsonSchema(Arc::from(raw.get()))
 }
 
+/// The format of dialects that put the schema right into it: `{"type": "json_schema", "schema": {...}}`.
+pub(super) fn flat_format(
+    raw: &RawValue,
+    param: &'static str,
+    ignored: &mut Ignored,
+) -> Result<Option<RequestedFormat>, ApiError> {
+    let mut fields = Fields::of_value(raw, param)?;
+    let format = match fields.string("type")?.as_deref() {
+        Some("text") => None,
+        Some("json_object") => Some(OutputFormat::JsonObject),
+        Some("json_schema") => {
+            // Labels; what is enforced is enforced exactly, so `strict` asks for nothing more.
+            let _ = (fields.string("name")?, fields.string("description")?, fields.bool("strict")?);
+            let name = fields.name("schema");
+            let Some(schema) = fields.raw("schema") else { return Err(invalid(&name, "is needed")) };
+            Some(json_schema(schema))
+        }
+        _ => return Err(invalid(&fields.name("type"), "must be `text`, `json_object` or `json_schema`")),
+    };
+    fields.note_ignored(ignored);
+    Ok(format.map(|format| RequestedFormat { param, format }))
+}
+
+/// Ollama's: the word `json`, or a schema.
+pub(super) fn schema_or_json(raw: &RawValue, param: &'static str) -> Result<Option<RequestedFormat>, ApiError> {
+    let format = match raw.get() {
+        "\"\"" => return Ok(None),
+        "\"json\"" => OutputFormat::JsonObject,
+        schema if schema.starts_with('{') => json_schema(raw),
+        _ => return Err(invalid(param, "must be `json` or a schema")),
+    };
+    Ok(Some(RequestedFormat { param, format }))
+}
+
 fn structural_tag(fields: &mut Fields<'_>, limits: &Limits) -> Result<StructuralTag, ApiError> {
     let limit = limits.grammar.max_nodes;
     let triggers = fields.list("triggers", limit, "hold strings")?.unwrap_or_default();

@@ -13,7 +13,18 @@ use axum::routing::get;
 use crate::lifecycle::{Lifecycle, NotReady};
 use crate::metrics;
 
-/// `/health/live`, `/health/ready`, `/health/startup`, `/health` (the same as ready) and `/metrics`.
+/// Methods and paths of [`routes`].
+pub(super) const ROUTES: [(&str, &str); 7] = [
+    ("get", "/health"),
+    ("get", "/health/live"),
+    ("get", "/health/ready"),
+    ("get", "/health/startup"),
+    ("get", "/ping"),
+    ("post", "/ping"),
+    ("get", "/metrics"),
+];
+
+/// `/health/live`, `/health/ready`, `/health/startup`, `/health` and `/ping` (the same as ready) and `/metrics`.
 pub fn routes(lifecycle: Arc<Lifecycle>) -> Router {
     Router::new()
         .route("/health/live", get(|State(lifecycle): State<Arc<Lifecycle>>| async move { answer(lifecycle.live()) }))
@@ -23,6 +34,7 @@ pub fn routes(lifecycle: Arc<Lifecycle>) -> Router {
             "/health/startup",
             get(|State(lifecycle): State<Arc<Lifecycle>>| async move { answer(lifecycle.started()) }),
         )
+        .route("/ping", get(ready).post(ready))
         .route("/metrics", get(scrape))
         .with_state(lifecycle)
 }

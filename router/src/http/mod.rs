@@ -1,12 +1,21 @@
-//! The OpenAI-compatible HTTP face.
+//! The HTTP face: OpenAI's dialect, and those of others beside it.
+//!
+//! A file speaks one dialect: it reads bodies and writes answers. What a request means, and what it can be refused for, is for
+//! [`crate::generation`].
 
 mod answer;
+mod ask;
 mod failure;
 mod fields;
 mod format;
 pub mod health;
+mod infill;
+mod messages;
+mod ollama;
 mod openai;
 mod receive;
+mod responses;
+mod routes;
 mod sse;
 mod stream;
 mod types;
@@ -19,14 +28,16 @@ use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use futures::FutureExt;
+use quire_engine::scheduler::TenantId;
 
 use crate::error::ApiError;
 use crate::generation::GenerationService;
 use crate::random::{is_request_id, request_id};
 
 use failure::Failure;
+
+pub use routes::listed;
 
 pub(crate) use failure::in_dialect;
 pub(crate) use types::sampling_of_json;
@@ -36,22 +47,19 @@ const IGNORED_PARAMS: HeaderName = HeaderName::from_static("x-quire-ignored-para
 /// Identity of the request, given by the client or made here.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// The tenant of a server without keys.
+const TENANT: TenantId = TenantId(0);
+
 /// Every route of this face, with its errors and headers. Health and metrics routes are merged into it.
 pub fn routes(service: GenerationService) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(openai::chat))
-        .route("/v1/completions", post(openai::completions))
-        .route("/v1/models", get(openai::models))
-        .route("/v1/models/{*id}", get(openai::model))
-        .route("/tokenize", post(openai::tokenize))
-        .route("/detokenize", post(openai::detokenize))
-        .route("/version", get(openai::version))
+    routes::all()
+        .into_router()
         .method_not_allowed_fallback(async || {
             Failure::new(StatusCode::METHOD_NOT_ALLOWED, "this route has no such method")
         })
         .fallback(async || Failure::new(StatusCode::NOT_FOUND, "there is no such route"))
         .layer(middleware::from_fn(identify))
-        .with_state(service)
+        .with_state(responses::Responses::new(service))
 }
 
 /// The id that a response carries and the log knows.

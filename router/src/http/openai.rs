@@ -2,12 +2,9 @@
 
 use std::sync::Arc;
 
-use axum::body::{Body, Bytes};
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::Response;
 use futures::future::try_join_all;
-use quire_engine::scheduler::TenantId;
 use serde::Serialize;
 
 use crate::body_budget::BodyShare;
@@ -18,16 +15,15 @@ use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::random::random_seed;
 
 use super::answer::{Generations, Head, PromptPart, Shape, json, slice, whole};
+use super::ask::{json_response, name_ignored};
 use super::failure::Failure;
 use super::fields::Ignored;
+use super::infill::FimBody;
 use super::receive::{Parsed, receive};
 use super::sse::ChunkWriter;
 use super::stream::{SSE, streamed};
 use super::types::{ChatBody, Common, CompletionsBody, DetokenizeBody, Prompt, TokenizeBody};
-use super::{IGNORED_PARAMS, RequestId};
-
-/// The tenant of a server without keys.
-pub(super) const TENANT: TenantId = TenantId(0);
+use super::{RequestId, TENANT};
 
 /// `POST /v1/chat/completions`
 pub(super) async fn chat(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
@@ -61,6 +57,24 @@ pub(super) async fn completions(
         .collect();
     let job = Job { service, endpoint: Endpoint::Completions, shape: Shape::Completions, id, share, common };
     job.answer(prompts, AnswerOptions { wants_prompt_logprobs, echo_only }).await
+}
+
+/// `POST /v1/fim/completions`: Mistral's, answered in the shape of a chat.
+pub(super) async fn fim(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
+    let Parsed { id, body, share } = receive::<FimBody>(&service, Endpoint::FimCompletions, request).await?;
+    let endpoint = Endpoint::FimCompletions;
+    let job = Job { service, endpoint, shape: Shape::Chat, id, share, common: body.common };
+    let prompt = JobPrompt { input: Input::Fim(body.input), echo: None };
+    job.answer(vec![prompt], AnswerOptions { wants_prompt_logprobs: false, echo_only: false }).await
+}
+
+/// `GET /load`: requests alive now, under vLLM's name.
+pub(super) async fn load(State(service): State<GenerationService>) -> Response {
+    #[derive(Serialize)]
+    struct Answer {
+        server_load: usize,
+    }
+    json_response(json(&Answer { server_load: service.num_inflight() }), &Ignored::default())
 }
 
 /// A request of either endpoint, understood.
@@ -285,18 +299,4 @@ pub(super) async fn version() -> Response {
         version: &'static str,
     }
     json_response(json(&Answer { version: env!("CARGO_PKG_VERSION") }), &Ignored::default())
-}
-
-pub(super) fn json_response(body: Vec<u8>, ignored: &Ignored) -> Response {
-    let mut response = Response::new(Body::from(Bytes::from(body)));
-    *response.status_mut() = StatusCode::OK;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    name_ignored(&mut response, ignored);
-    response
-}
-
-pub(super) fn name_ignored(response: &mut Response, ignored: &Ignored) {
-    if let Some(value) = ignored.header().and_then(|names| HeaderValue::try_from(names).ok()) {
-        response.headers_mut().insert(IGNORED_PARAMS, value);
-    }
 }

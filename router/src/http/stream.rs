@@ -20,6 +20,7 @@ use super::answer::{Event, Generations};
 use super::failure::Failure;
 
 pub(super) const SSE: &str = "text/event-stream; charset=utf-8";
+pub(super) const NDJSON: &str = "application/x-ndjson";
 
 /// Bytes after which what is ready is sent before more is looked for.
 const FULL: usize = 16 << 10;
@@ -210,6 +211,15 @@ impl Merger {
 pub(super) fn sse_data(json: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(b"data: ");
     out.extend_from_slice(json);
+    out.extend_from_slice(b"\n\n");
+}
+
+/// An event with a name.
+pub(super) fn sse_named(name: &str, value: &impl Serialize, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"event: ");
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b"\ndata: ");
+    push_json(value, out);
     out.extend_from_slice(b"\n\n");
 }
 

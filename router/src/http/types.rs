@@ -256,7 +256,7 @@ impl Body for DetokenizeBody {
 }
 
 /// Sampling and limits, but for `max_tokens` and `logprobs`, which the endpoints spell differently.
-fn params(fields: &mut Fields<'_>, limits: &Limits) -> Result<GenerationParams, ApiError> {
+pub(super) fn params(fields: &mut Fields<'_>, limits: &Limits) -> Result<GenerationParams, ApiError> {
     let priority = match fields.integer("priority")? {
         Some(priority) => priority,
         None => tier_priority(fields)?,
@@ -331,6 +331,7 @@ pub(crate) fn sampling_of_json(json: &[u8], limits: &Limits) -> Result<Generatio
     let mut params = params(&mut fields, limits)?;
     params.max_tokens = fields.count("max_tokens")?;
     let mut unknown = Ignored::default();
+    params.format = format(&mut fields, limits, &mut unknown)?;
     fields.note_ignored(&mut unknown);
     match unknown.first() {
         Some(name) => Err(invalid(name, "is not known")),
@@ -338,7 +339,7 @@ pub(crate) fn sampling_of_json(json: &[u8], limits: &Limits) -> Result<Generatio
     }
 }
 
-fn common(
+pub(super) fn common(
     fields: &mut Fields<'_>,
     mut params: GenerationParams,
     limits: &Limits,

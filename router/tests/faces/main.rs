@@ -2,6 +2,7 @@
 
 mod answers;
 mod contracts;
+mod dialects;
 mod drain;
 mod endings;
 mod grpc;

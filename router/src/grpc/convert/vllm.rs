@@ -6,12 +6,14 @@ use quire_engine::ModelInfo;
 use quire_engine::scheduler::{SchedulerStats, TenantId};
 use quire_proto::vllm::grpc::engine as wire;
 use quire_proto::vllm::grpc::engine::generate_response::Response;
+use quire_proto::vllm::grpc::engine::sampling_params::Constraint;
 
 use crate::error::ApiError;
 use crate::generation::{
-    GenerationEvent, GenerationParams, GenerationRequest, Input, Keep, NamedLogprobs, StopCause, TokenInfo, TruncateTo,
+    GenerationEvent, GenerationParams, GenerationRequest, Input, Keep, NamedLogprobs, RequestedFormat, StopCause, TokenInfo, TruncateTo,
     Truncation, Usage,
 };
+use crate::grammar::OutputFormat;
 use crate::metrics::Endpoint;
 use crate::served_model::ServedModel;
 use crate::telemetry::format_time;
@@ -94,9 +96,17 @@ fn params(sampling: wire::SamplingParams) -> Result<GenerationParams, ApiError> 
         grammar_from_first_token: _,
         constraint,
     } = sampling;
-    if constraint.is_some() {
-        return Err(invalid("sampling_params.constraint", "is not supported over this contract"));
-    }
+    let format = match constraint {
+        None | Some(Constraint::JsonObject(false)) => None,
+        Some(Constraint::JsonObject(true)) => Some(OutputFormat::JsonObject),
+        Some(Constraint::JsonSchema(schema)) => Some(OutputFormat::JsonSchema(schema.into())),
+        Some(Constraint::Regex(regex)) => Some(OutputFormat::Regex(regex.into())),
+        Some(Constraint::Choice(wire::ChoiceConstraint { choices })) => Some(OutputFormat::Choice(choices)),
+        Some(Constraint::Grammar(grammar)) => Some(OutputFormat::Lark(grammar.into())),
+        Some(Constraint::StructuralTag(_)) => {
+            return Err(invalid("sampling_params.structural_tag", "is not supported over this contract"));
+        }
+    };
     let count = |param: &str, count: Option<i32>| match count.map(u64::try_from) {
         None => Ok(None),
         Some(Ok(count)) => Ok(Some(count)),
@@ -137,6 +147,7 @@ fn params(sampling: wire::SamplingParams) -> Result<GenerationParams, ApiError> 
         logprobs: count("logprobs", logprobs)?,
         prompt_logprobs: count("prompt_logprobs", prompt_logprobs)?,
         skip_special_tokens: Some(skip_special_tokens),
+        format: format.map(|format| RequestedFormat { param: "sampling_params.constraint", format }),
         truncation: truncation.map(|to| Truncation { to, keep: Keep::Last }),
         ..GenerationParams::default()
     })
@@ -396,8 +407,8 @@ mod tests {
         let bias = [(-1, 1.0)].into_iter().collect();
         let param = refused(with(wire::SamplingParams { logit_bias: bias, ..Default::default() }));
         assert_eq!(param, "sampling_params.logit_bias");
-        let constraint = Some(wire::sampling_params::Constraint::Regex("a".to_owned()));
+        let constraint = Some(Constraint::StructuralTag("a".to_owned()));
         let param = refused(with(wire::SamplingParams { constraint, ..Default::default() }));
-        assert_eq!(param, "sampling_params.constraint");
+        assert_eq!(param, "sampling_params.structural_tag");
     }
 }
