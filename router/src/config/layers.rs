@@ -336,7 +336,10 @@ impl Loaded {
     pub fn print(&self) -> String {
         let mut out = String::new();
         let mut section = String::new();
-        for (path, value) in leaves(&self.config) {
+        let mut settings: Vec<_> = leaves(&self.config).into_iter().collect();
+        // A table's own keys together, before those of the tables in it.
+        settings.sort_by_key(|(path, _)| path.rsplit_once('.').map_or("", |(table, _)| table).to_owned());
+        for (path, value) in settings {
             let (table, key) = path.rsplit_once('.').unwrap_or(("", &path));
             if table != section {
                 let gap = if out.is_empty() { "" } else { "\n" };

@@ -150,7 +150,7 @@ async fn ollama_answers_in_lines() {
     assert!(server.get("/api/version").await.json()["version"].is_string());
 
     for (path, body, named) in [
-        ("/api/chat", json!({"model": "demo", "messages": user("Hi"), "format": "json"}), "format"),
+        ("/api/chat", json!({"model": "demo", "messages": user("Hi"), "format": 5}), "format"),
         ("/api/chat", json!({"model": "demo", "messages": user("Hi"), "tools": [{}]}), "tools"),
         (
             "/api/chat",
@@ -388,6 +388,39 @@ async fn tokens_come_at_the_interval_that_was_asked_for() {
     };
     assert_eq!(ids(&each), ids(&some));
     assert!(some.len() * 2 < each.len(), "{} and {}", some.len(), each.len());
+}
+
+/// A form that cannot be enforced is refused where it was asked for, and one that can is.
+#[tokio::test]
+async fn each_dialect_asks_for_a_form_in_its_own_place() {
+    let server = Server::new(FakeExecutor::new(VOCAB));
+    let schema = |keyword: &str| json!({"type": "object", "properties": {"a": {keyword: "("}}, "required": ["a"]});
+    let (bad, good) = (schema("pattern"), json!({"type": "object", "additionalProperties": false}));
+    let body = |path: &str, schema: &Value| match path {
+        "/v1/responses" => {
+            json!({"input": "Hi", "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}})
+        }
+        "/v1/messages" => json!({"max_tokens": 50, "messages": user("Hi"),
+            "output_config": {"format": {"type": "json_schema", "schema": schema}}}),
+        _ => json!({"messages": user("Hi"), "stream": false, "format": schema}),
+    };
+    for (path, param) in
+        [("/v1/responses", "text.format"), ("/v1/messages", "output_config.format"), ("/api/chat", "format")]
+    {
+        let refused = server.post(path, &body(path, &bad)).await;
+        assert_eq!(refused.status, 400, "{path}");
+        assert!(refused.json().to_string().contains(param), "{path}: {}", refused.json());
+        let answer = server.post(path, &body(path, &good)).await;
+        assert_eq!(answer.header("x-quire-ignored-params"), "", "{path}");
+        let answer = answer.json();
+        let text = match path {
+            "/v1/responses" => &answer["output"][0]["content"][0]["text"],
+            "/v1/messages" => &answer["content"][0]["text"],
+            _ => &answer["message"]["content"],
+        };
+        let text = text.as_str().unwrap_or_else(|| panic!("{path}: {answer}"));
+        assert_eq!(serde_json::from_str::<Value>(text).ok(), Some(json!({})), "{path}: {text}");
+    }
 }
 
 #[tokio::test]

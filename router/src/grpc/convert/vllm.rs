@@ -10,8 +10,8 @@ use quire_proto::vllm::grpc::engine::sampling_params::Constraint;
 
 use crate::error::ApiError;
 use crate::generation::{
-    GenerationEvent, GenerationParams, GenerationRequest, Input, Keep, NamedLogprobs, RequestedFormat, StopCause, TokenInfo, TruncateTo,
-    Truncation, Usage,
+    GenerationEvent, GenerationParams, GenerationRequest, Input, Keep, NamedLogprobs, RequestedFormat, StopCause,
+    TokenInfo, TruncateTo, Truncation, Usage,
 };
 use crate::grammar::OutputFormat;
 use crate::metrics::Endpoint;
