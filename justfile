@@ -22,6 +22,11 @@ test:
 e2e:
     cargo test --workspace --test e2e --test process --test http
 
+# Published clients of every contract against the demo model; needs Python and its registry, and skips without.
+clients:
+    cargo build -p quire-router
+    tests/clients/run.sh
+
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
