@@ -11,6 +11,8 @@
 #include <cstdio>
 #include <cstring>
 #include <link.h>
+#include <memory>
+#include <unordered_map>
 
 #include "fiber.hpp"
 #include "shadow.hpp"
@@ -26,6 +28,9 @@ constexpr size_t DYNAMIC_START = 2 * GUARD + MAX_SHARED;
 constexpr unsigned MAX_STATIC_ARRAYS = 64;
 constexpr unsigned MAX_BARRIERS = 16;
 constexpr unsigned MAX_COPIES = 1024;
+// Of buffers; more pages than these are not looked after.
+constexpr size_t PAGE = 4096;
+constexpr size_t MAX_PAGES = 4096;
 
 // Memory that a launch may touch.
 struct Buffer {
@@ -102,7 +107,12 @@ struct Machine {
     Place main;
     unsigned char* stacks = map_stacks(MAX_THREADS);
     unsigned char* shared;
-    Shadow shadow{SHARED_BYTES};
+    Clocks clocks;
+    Shadow shadow{clocks, SHARED_BYTES};
+    // Of the pages of buffers that this launch wrote to, by their numbers.
+    std::unordered_map<uintptr_t, std::unique_ptr<Shadow>> pages;
+    uintptr_t last_page = 0;
+    Shadow* last_page_shadow = nullptr;
     Fiber fibers[MAX_THREADS] = {};
     Warp warps[MAX_WARPS];
     Barrier barriers[MAX_BARRIERS];
@@ -283,13 +293,48 @@ void touch_shared(size_t offset, size_t bytes, Access access) {
     }
 }
 
+void forget_pages() {
+    machine->pages.clear();
+    machine->last_page_shadow = nullptr;
+}
+
+// Threads of one block that use the same bytes of a buffer; blocks are not compared with each other. What a launch only
+// reads is not remembered.
+void touch_buffer(const Buffer& buffer, uintptr_t address, size_t bytes, Access access) {
+    for (const uintptr_t end = address + bytes; address < end;) {
+        const uintptr_t page = address / PAGE;
+        const size_t len = (page + 1) * PAGE < end ? (page + 1) * PAGE - address : end - address;
+        if (machine->last_page_shadow == nullptr || machine->last_page != page) {
+            auto found = machine->pages.find(page);
+            if (found == machine->pages.end()) {
+                if (access == Access::Read || machine->pages.size() == MAX_PAGES) {
+                    address += len;
+                    continue;
+                }
+                found = machine->pages.emplace(page, std::make_unique<Shadow>(machine->clocks, PAGE)).first;
+            }
+            machine->last_page = page;
+            machine->last_page_shadow = found->second.get();
+        }
+        const Conflict conflict =
+            machine->last_page_shadow->touch(address % PAGE, len, thread_of(*machine->running), access);
+        if (conflict.what != nullptr) {
+            fail("%s (thread %u; %zu bytes of %s at %zu)", conflict.what, conflict.other, bytes, buffer.name,
+                 static_cast<size_t>(address - buffer.start));
+        }
+        address += len;
+    }
+}
+
 void touch_any(uintptr_t address, size_t bytes, Access access) {
     if (machine == nullptr || machine->running == nullptr) return;
     if (address - reinterpret_cast<uintptr_t>(machine->stacks) < MAX_THREADS * STACK_BYTES) return;
     const size_t offset = address - reinterpret_cast<uintptr_t>(machine->shared);
     if (offset < SHARED_BYTES) return touch_shared(offset, bytes, access);
     const Buffer* last = machine->last_buffer;
-    if (last != nullptr && address >= last->start && address + bytes <= last->end) return;
+    if (last != nullptr && address >= last->start && address + bytes <= last->end) {
+        return touch_buffer(*last, address, bytes, access);
+    }
     const Request& request = *machine->request;
     size_t from = 0, to = request.num_buffers;
     while (from < to) {
@@ -300,7 +345,7 @@ void touch_any(uintptr_t address, size_t bytes, Access access) {
     if (from < request.num_buffers && address >= request.buffers[from].start &&
         address + bytes <= request.buffers[from].end) {
         machine->last_buffer = &request.buffers[from];
-        return;
+        return touch_buffer(request.buffers[from], address, bytes, access);
     }
     if (access == Access::Read) {
         // Constants of the library, and who the thread is.
@@ -331,7 +376,10 @@ void run_block(Index3 block_index) {
     const Request& request = *machine->request;
     machine->num_ended = machine->num_static = 0;
     machine->static_bytes = 0;
-    machine->shadow.start_block();
+    if (machine->clocks.start_block()) {
+        machine->shadow.clear();
+        forget_pages();
+    }
     // What nobody wrote is not a number.
     memset(machine->shared + DYNAMIC_START, 0xff, request.shared_bytes);
     for (Barrier& barrier : machine->barriers) barrier = Barrier{};
@@ -382,7 +430,7 @@ void arrive(unsigned id, unsigned count) {
 bool open_barrier(unsigned id) {
     Barrier& barrier = machine->barriers[id];
     if (barrier.arrived < barrier.expected) return false;
-    machine->shadow.sync_warps(barrier.warps);
+    machine->clocks.sync_warps(barrier.warps);
     barrier = Barrier{};
     for (unsigned index = 0; index < machine->num_threads; index++) {
         Fiber& fiber = machine->fibers[index];
@@ -458,7 +506,7 @@ void together(uint32_t mask, Perform perform, void* operands) {
 }
 
 void sync_warp(uint32_t mask) {
-    together(mask, [](void* const*, uint32_t) { machine->shadow.sync_warp(thread_of(*machine->running) / 32); }, nullptr);
+    together(mask, [](void* const*, uint32_t) { machine->clocks.sync_warp(thread_of(*machine->running) / 32); }, nullptr);
 }
 
 void sync_block(unsigned id, unsigned count) {
@@ -625,6 +673,7 @@ __attribute__((visibility("default"))) int quire_emulator_launch(void* on,
     machine->running = nullptr;
     const bool has_failed = machine->has_failed;
     if (has_failed) machine->shadow.clear();
+    forget_pages();
     machine = nullptr;
     return has_failed;
 }

@@ -60,7 +60,7 @@
         name: "sample",
         arch: Arch::Sm80,
         text: include_bytes!("sample.sm_80.ptx"),
-        sha256: "565895b0ddea65c688855cacc7742eb7f22fe36e681419b19c523c2edf6a48a1",
-        source_sha256: "3201f410302ebf6c00fccc1d25c57d9b005fef2fe26b0c7df908dfdbbfec9945",
+        sha256: "ee3c4ea34d2b7c9d631c020428e159da6128cc4e0c75f98ee4d7b052b5baf9f7",
+        source_sha256: "36bae0bce0fb9ea70bbb262de6bd20d75e19438ef9b7cc0ff6cc7be10d6980b7",
     },
 ]

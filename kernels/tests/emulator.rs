@@ -60,7 +60,7 @@ fn assert_finds(result: Result<(), String>, parts: &[&str]) {
 }
 
 #[test]
-fn shared_memory_without_barriers_is_a_race() {
+fn memory_that_threads_share_without_barriers_is_a_race() {
     let Some(mut device) = emulator() else { return };
     let x: Vec<f32> = (0..256).map(|i| i as f32).collect();
     let (x, out) = (floats(&mut device, "x", &x), floats(&mut device, "out", &[f32::NAN; 512]));
@@ -84,6 +84,13 @@ fn shared_memory_without_barriers_is_a_race() {
     assert_finds(both(0), &["writes where another thread writes"]);
     both(1).expect("nothing is wrong");
     assert_eq!(read_floats(&mut device, out, 1), [64.0]);
+
+    let mut through =
+        |has_barrier: u32| launch(&mut device, "through_buffer", 64, 0, &[Arg::Ptr(out), Arg::U32(has_barrier)]);
+    assert_finds(through(0), &["with no barrier between", "4 bytes of out at"]);
+    through(1).expect("nothing is wrong");
+    let twice: Vec<f32> = (0..64).chain((0..64).rev()).map(|i| i as f32).collect();
+    assert_eq!(read_floats(&mut device, out, 128), twice);
 
     let mut hand_over = |with: u32| launch(&mut device, "hand_over", 128, 0, &[Arg::Ptr(out), Arg::U32(with)]);
     assert_finds(hand_over(0), &["reads what another thread writes"]);

@@ -39,6 +39,13 @@ KERNEL(write_both, (64), float* out, uint32_t is_atomic) {
     if (threadIdx.x == 0) out[0] = static_cast<float>(count[0]);
 }
 
+// Numbers that go through a buffer from thread to thread of a block.
+KERNEL(through_buffer, (64), float* out, uint32_t has_barrier) {
+    out[threadIdx.x] = static_cast<float>(threadIdx.x);
+    if (has_barrier) __syncthreads();
+    out[64 + threadIdx.x] = out[63 - threadIdx.x];
+}
+
 // A barrier that only some threads reach.
 KERNEL(diverge, (128), uint32_t first_outside) {
     if (threadIdx.x < first_outside) __syncthreads();

@@ -114,6 +114,11 @@ DEVICE uint32_t first_largest(const Row& row) {
     return block_min(own, row.shared.counts);
 }
 
+// Several threads may ban one token.
+DEVICE void ban(float* logits, uint32_t id) {
+    atomicExch(reinterpret_cast<uint32_t*>(&logits[id]), __float_as_uint(-INFINITY));
+}
+
 // Mask, bad words, stop tokens, bias and penalties: `logits` to `changed`. `tokens` are those that the row holds; `counts` is
 // all zero, before and after.
 DEVICE void change(const Params& params, const uint32_t* mask, const uint32_t* lists, const float* logits, float* changed,
@@ -139,11 +144,11 @@ DEVICE void change(const Params& params, const uint32_t* mask, const uint32_t* l
         for (uint32_t i = 0; i < before_len && matches; i++) {
             matches = words[start + i] == tokens[num_tokens - before_len + i];
         }
-        if (matches) changed[words[start + before_len]] = -INFINITY;
+        if (matches) ban(changed, words[start + before_len]);
     }
     if (num_generated < params.min_tokens()) {
         for (uint32_t index = threadIdx.x; index < params.num_stop_token_ids(); index += blockDim.x) {
-            changed[stop_token_ids[index]] = -INFINITY;
+            ban(changed, stop_token_ids[index]);
         }
     }
     __syncthreads();
@@ -228,18 +233,31 @@ template <class MassAt> DEVICE uint32_t first_above(uint32_t len, Mass target, S
 // Lists the ids of `source(place)`, `len` of them ascending, that `is_kept` is true for, in the same order. The list may be
 // the source: writing never overtakes reading.
 template <class Source, class IsKept> DEVICE void keep(Row& row, uint32_t len, Source source, IsKept is_kept) {
+    // Places of a thread in a tile, a block's threads apart. Counts of them all fit one word, 16 bits each.
+    constexpr uint32_t NUM_PARTS = 4;
     uint32_t num_kept = 0;
-    for (uint32_t tile = 0; tile < len; tile += blockDim.x) {
-        const uint32_t place = tile + threadIdx.x;
-        const uint32_t id = place < len ? source(place) : 0;
-        const bool stays = place < len && is_kept(id);
-        const uint32_t ballot = __ballot_sync(ALL_LANES, stays);
-        if (lane_index() == 0) row.shared.counts[warp_index()] = __popc(ballot);
+    UNROLL_BY(1)
+    for (uint32_t tile = 0; tile < len; tile += NUM_PARTS * blockDim.x) {
+        uint32_t ids[NUM_PARTS], ballots[NUM_PARTS];
+        Mass counts = 0;
+        UNROLL
+        for (uint32_t part = 0; part < NUM_PARTS; part++) {
+            const uint32_t place = tile + part * blockDim.x + threadIdx.x;
+            ids[part] = place < len ? source(place) : 0;
+            ballots[part] = __ballot_sync(ALL_LANES, place < len && is_kept(ids[part]));
+            counts |= static_cast<Mass>(__popc(ballots[part])) << (16 * part);
+        }
+        if (lane_index() == 0) row.shared.sums[0][warp_index()] = counts;
         __syncthreads();
-        const uint32_t of_warp = of_lane_warp(row.shared.counts, 0u);
-        const uint32_t before = warp_sum(lane_index() < warp_index() ? of_warp : 0);
-        if (stays) row.list[num_kept + before + __popc(ballot & ((1u << lane_index()) - 1))] = id;
-        num_kept += warp_sum(of_warp);
+        const Mass of_warp = of_lane_warp(row.shared.sums[0], Mass(0));
+        const Mass of_lower = warp_sum(lane_index() < warp_index() ? of_warp : 0), of_all = warp_sum(of_warp);
+        UNROLL
+        for (uint32_t part = 0; part < NUM_PARTS; part++) {
+            const uint32_t before = static_cast<uint32_t>(of_lower >> (16 * part)) & 0xffff;
+            const uint32_t of_lanes = __popc(ballots[part] & ((1u << lane_index()) - 1));
+            if (ballots[part] >> lane_index() & 1) row.list[num_kept + before + of_lanes] = ids[part];
+            num_kept += static_cast<uint32_t>(of_all >> (16 * part)) & 0xffff;
+        }
         __syncthreads();
     }
     row.list_len = num_kept;
@@ -259,6 +277,7 @@ template <class IsKept> DEVICE void keep_of_list(Row& row, IsKept is_kept) {
 // it, is at least `target` over the block; all ones where none is.
 template <class SumUpTo> DEVICE uint32_t smallest_reaching(int bits, Mass target, Shared& shared, SumUpTo sum_up_to) {
     uint32_t found = 0;
+    UNROLL_BY(1)
     for (int bit = bits - 2; bit >= 0; bit -= 2) {
         Mass sums[3] = {};
         const uint32_t step = 1u << bit;
@@ -284,6 +303,7 @@ template <class SumUpTo> DEVICE uint32_t smallest_reaching(int bits, Mass target
 template <class KeyOf, class AmountOf> DEVICE void keep_first(Row& row, Mass target, KeyOf key_of, AmountOf amount_of) {
     const Row& now = row;
     const auto each = [&](auto visit) {
+        UNROLL_BY(1)
         for (uint32_t place = threadIdx.x; place < now.list_len; place += blockDim.x) {
             const uint32_t id = now.list[place];
             visit(key_of(id), id);
@@ -354,6 +374,7 @@ DEVICE Mass part_of(Mass total, float part) {
 
 DEVICE Mass total_of_list(const Row& row) {
     Mass own = 0;
+    UNROLL_BY(1)
     for (uint32_t place = threadIdx.x; place < row.list_len; place += blockDim.x) own += row.mass(row.list[place]);
     return block_total(own, row.shared);
 }
@@ -370,6 +391,7 @@ DEVICE void keep_typical(Row& row, float part) {
     // The exponent of a weight, without its rounding: weights near zero have few bits.
     const auto log_weight = [](const Row& row, uint32_t id) { return static_cast<double>(row.scaled(id)) * 0.6931471824645996; };
     double weights = 0.0, weighted = 0.0;
+    UNROLL_BY(1)
     for (uint32_t place = threadIdx.x; place < row.list_len; place += blockDim.x) {
         const uint32_t id = row.list[place];
         const double weight = static_cast<double>(row.weight(id));

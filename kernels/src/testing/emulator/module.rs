@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::KernelError;
@@ -60,7 +61,7 @@ pub(super) struct Machine {
 // SAFETY: a machine is used by whoever has it, one launch at a time; no part of it belongs to a thread between launches.
 unsafe impl Send for Machine {}
 
-/// The C++ compiler of this machine, and what it calls itself.
+/// The first C++ compiler of this machine that can do it, and what it calls itself.
 pub(super) fn compiler() -> Result<&'static (&'static str, String), KernelError> {
     static COMPILER: OnceLock<Option<(&'static str, String)>> = OnceLock::new();
     let found = COMPILER.get_or_init(|| {
@@ -69,10 +70,21 @@ pub(super) fn compiler() -> Result<&'static (&'static str, String), KernelError>
         }
         ["c++", "g++", "clang++"].into_iter().find_map(|name| {
             let output = Command::new(name).arg("--version").output().ok()?;
-            output.status.success().then(|| (name, String::from_utf8_lossy(&output.stdout).into_owned()))
+            can_compile(name).then(|| (name, String::from_utf8_lossy(&output.stdout).into_owned()))
         })
     });
     found.as_ref().ok_or_else(|| failure("device code is not emulated here: it takes Linux and a C++ compiler (c++)"))
+}
+
+/// Whether a compiler has what the emulator takes: headers, C++17 and the instrumentation.
+fn can_compile(name: &str) -> bool {
+    let mut command = Command::new(name);
+    command.args(FLAGS).args(KERNEL_FLAGS).args(["-x", "c++", "-c", "-", "-o", "/dev/null"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let Ok(mut child) = command.spawn() else { return false };
+    let source = b"#include <cmath>\n#include <link.h>\n#include <memory>\n";
+    let is_written = child.stdin.take().is_some_and(|mut stdin| stdin.write_all(source).is_ok());
+    child.wait().is_ok_and(|status| status.success()) && is_written
 }
 
 impl Module {
