@@ -13,6 +13,7 @@ mod infill;
 mod messages;
 mod ollama;
 mod openai;
+mod openapi;
 mod receive;
 mod responses;
 mod routes;

@@ -5,7 +5,7 @@ use axum::handler::Handler;
 use axum::routing::{MethodRouter, delete, get, post};
 
 use super::responses::Responses;
-use super::{infill, messages, ollama, openai, responses};
+use super::{infill, messages, ollama, openai, openapi, responses};
 
 /// Routes with their methods, in the order of the table.
 pub(super) struct Routes {
@@ -61,6 +61,8 @@ pub(super) fn all() -> Routes {
         .post("/detokenize", openai::detokenize)
         .get("/load", openai::load)
         .get("/version", openai::version)
+        .get("/openapi.json", openapi::described)
+        .get("/docs", openapi::docs)
 }
 
 /// Methods, in lower case, and paths of all routes, those of probes and metrics included.

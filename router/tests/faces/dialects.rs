@@ -604,3 +604,41 @@ async fn any_value_in_any_field_of_any_dialect_is_answered_or_refused() {
     assert!((600..2600).contains(&num_served), "{num_served} of the bodies were served");
     server.idle().await;
 }
+
+/// A described field is a known one: with nothing in it, no route says that it passed over it.
+#[tokio::test]
+async fn what_is_described_is_known() {
+    let server = Server::saying(SAID);
+    let described = server.get("/openapi.json").await.json();
+    assert_eq!(described["openapi"], "3.1.0");
+    let page = server.get("/docs").await;
+    assert!(page.header("content-type").starts_with("text/html"));
+    let mut num_fields = 0;
+    for (path, methods) in described["paths"].as_object().expect("paths") {
+        let schema = &methods["post"]["requestBody"]["content"]["application/json"]["schema"];
+        let Some(properties) = schema["properties"].as_object() else { continue };
+        let mut body = match path.as_str() {
+            "/v1/messages" => json!({"max_tokens": 2, "messages": user("Hi")}),
+            "/v1/chat/completions" | "/v1/messages/count_tokens" | "/api/chat" => json!({"messages": user("Hi")}),
+            "/v1/responses" => json!({"input": "Hi"}),
+            "/infill" => json!({"input_prefix": "a", "input_suffix": "b"}),
+            "/detokenize" => json!({"tokens": [16]}),
+            "/api/show" => json!({"model": "demo"}),
+            _ => json!({"prompt": "Hi"}),
+        };
+        for name in properties.keys() {
+            num_fields += 1;
+            if body.get(name).is_none() {
+                body[name] = Value::Null;
+            }
+        }
+        let answer = server.post(path, &body).await;
+        assert_eq!((answer.status, answer.header("x-quire-ignored-params")), (StatusCode::OK, ""), "{path}");
+        for name in schema["required"].as_array().expect("a list") {
+            let mut without = body.clone();
+            without[name.as_str().expect("a name")] = Value::Null;
+            assert_eq!(server.post(path, &without).await.status, 400, "{path} without {name}");
+        }
+    }
+    assert!(num_fields > 150, "{num_fields} fields are described");
+}
