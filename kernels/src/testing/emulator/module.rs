@@ -1,7 +1,7 @@
 //! Sources to libraries, compiled once per content and kept in the target folder.
 
 use std::collections::BTreeMap;
-use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
+use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Write;
@@ -114,8 +114,15 @@ impl Module {
         }
     }
 
+    #[cfg(not(unix))]
     fn open(path: &Path) -> Result<Self, KernelError> {
-        let text = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| failure("a path holds a zero"))?;
+        Err(failure(format!("{} is not loaded: only Unix is known here", path.display())))
+    }
+
+    #[cfg(unix)]
+    fn open(path: &Path) -> Result<Self, KernelError> {
+        let text =
+            std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| failure("a path holds a zero"))?;
         // SAFETY: the library is our own; what runs when it is loaded is the registration of its kernels.
         let library = unsafe { libc::dlopen(text.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         if library.is_null() {
