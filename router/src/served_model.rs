@@ -100,6 +100,19 @@ impl TextSide {
     }
 }
 
+impl TextSide {
+    /// Tokens of the vocabulary.
+    pub(crate) fn num_tokens(&self) -> u32 {
+        u32::try_from(self.tokenizer.table().len()).unwrap_or(u32::MAX)
+    }
+
+    /// The token whose text this is.
+    pub(crate) fn token_id(&self, text: &str) -> Option<u32> {
+        let table = self.tokenizer.table();
+        (0..self.num_tokens()).find(|id| *table.bytes(*id) == *text.as_bytes())
+    }
+}
+
 impl ServedModel {
     /// Reads the text files of a model whose engine's side is `info`.
     pub fn load(source: &ModelSource, name: String, info: &ModelInfo) -> Result<Self, LoadError> {

@@ -1,5 +1,6 @@
 //! `quire bench`: figures of this machine, this build and any server, as a table and as JSON.
 
+mod frontend;
 mod machine;
 mod model;
 mod scheduler;
@@ -22,6 +23,8 @@ pub enum Bench {
     Machine { json: Option<PathBuf>, num_threads: usize },
     /// A model without a server; settings are those of `serve`.
     Model { options: model::Options, file: Option<PathBuf>, flags: Vec<Flag> },
+    /// The faces, over a model that takes no time.
+    Frontend(frontend::Options),
     /// A server, by load.
     Serve(serve::Options),
 }
@@ -49,6 +52,7 @@ impl Bench {
             .subcommand(scheduler::command().arg(json()))
             .subcommand(machine::command().arg(json()))
             .subcommand(with_settings(model::command().arg(json())))
+            .subcommand(frontend::command().arg(json()))
             .subcommand(serve::command().arg(json()))
     }
 
@@ -66,6 +70,7 @@ impl Bench {
                 let (file, flags) = read_settings(matches)?;
                 Ok(Self::Model { options: model::Options::read(matches, json)?, file, flags })
             }
+            "frontend" => Ok(Self::Frontend(frontend::Options::read(matches, json))),
             _ => Ok(Self::Serve(serve::Options::read(matches, json)?)),
         }
     }
@@ -76,6 +81,7 @@ impl Bench {
             Self::Scheduler { json } => scheduler::run(json.as_deref()),
             Self::Machine { json, num_threads } => machine::run(num_threads, json.as_deref()),
             Self::Model { options, file, flags } => model::run(&options, file.as_deref(), &flags),
+            Self::Frontend(options) => frontend::run(&options),
             Self::Serve(options) => serve::run(options),
         };
         match done {
