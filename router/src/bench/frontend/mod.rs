@@ -39,10 +39,9 @@ use super::{BenchError, number, percentile, value, write_json};
 
 /// Streams of one gRPC connection.
 const STREAMS_PER_CONNECTION: u32 = 64;
-/// Streams, the fewest tokens of each, rounds and the model's pace where first tokens are timed.
+/// Streams, the fewest tokens of each and the model's pace where first tokens are timed.
 const LATENCY_STREAMS: u32 = 64;
 const LATENCY_TOKENS: u32 = 16;
-const LATENCY_ROUNDS: u32 = 12;
 const LATENCY_STEP: Duration = Duration::from_millis(20);
 /// Threads of the server, and of its callers.
 const THREADS: usize = 2;
@@ -51,12 +50,14 @@ const THREADS: usize = 2;
 pub struct Options {
     num_streams: u32,
     num_tokens: u32,
+    num_rounds: u32,
     json: Option<PathBuf>,
 }
 
 impl Options {
     pub(super) fn read(matches: &ArgMatches, json: Option<PathBuf>) -> Self {
-        Self { num_streams: value(matches, "streams"), num_tokens: value(matches, "tokens"), json }
+        let number = |name| value(matches, name);
+        Self { num_streams: number("streams"), num_tokens: number("tokens"), num_rounds: number("rounds"), json }
     }
 }
 
@@ -65,6 +66,7 @@ pub(super) fn command() -> clap::Command {
         .about("The faces alone, over a model that takes no time: tokens a second, and time to the first token")
         .arg(number("streams", 1, Some("512"), "Streams at once"))
         .arg(number("tokens", 1, Some("512"), "Tokens of each"))
+        .arg(number("rounds", 2, Some("12"), "Streams in each place where first tokens are timed"))
 }
 
 /// Figures of one face.
@@ -110,7 +112,7 @@ fn measure(options: &Options) -> Result<Vec<Row>, String> {
         let seconds = begun.elapsed().as_secs_f64();
         let num_tokens = f64::from(options.num_streams) * f64::from(options.num_tokens);
         let num_reads: u64 = seen.iter().map(|seen| seen.num_reads).sum();
-        let few = callers.block_on(face.load(&calm, LATENCY_STREAMS, LATENCY_TOKENS, LATENCY_ROUNDS))?;
+        let few = callers.block_on(face.load(&calm, LATENCY_STREAMS, LATENCY_TOKENS, options.num_rounds))?;
         let mut first: Vec<f64> = few.iter().map(|seen| seen.first.as_secs_f64() * 1000.0).collect();
         first.sort_unstable_by(f64::total_cmp);
         rows.push(Row {
@@ -260,7 +262,7 @@ mod tests {
 
     #[test]
     fn both_faces_are_measured() {
-        let rows = measure(&Options { num_streams: 3, num_tokens: 20, json: None }).expect("measures");
+        let rows = measure(&Options { num_streams: 3, num_tokens: 20, num_rounds: 2, json: None }).expect("measures");
         assert_eq!(rows.iter().map(|row| row.face).collect::<Vec<_>>(), ["http", "grpc"]);
         for row in rows {
             assert!(row.tokens_per_second > 1.0 && row.first_token_p99_ms >= row.first_token_p50_ms, "{row:?}");
