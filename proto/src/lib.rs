@@ -50,6 +50,10 @@ mod tests {
         for method in ["Generate", "GenerateStream", "Chat", "ChatStream", "Abort", "ModelInfo", "Stats"] {
             assert!(text.contains(method), "{method} is not in the descriptors");
         }
+        // What reflection hands out has the contracts of others, too.
+        for service in ["VllmEngine", "SubscribeKvEvents", "GRPCInferenceService", "ModelStreamInfer"] {
+            assert!(text.contains(service), "{service} is not in the descriptors");
+        }
     }
 
     /// Numbers are what the wire knows a field by; these are the ones that other programs were built with.

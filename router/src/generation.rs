@@ -151,7 +151,7 @@ pub struct Resume {
 /// A request of either face.
 #[derive(Clone, Debug)]
 pub struct GenerationRequest {
-    /// Of the form `[A-Za-z0-9._-]{1,64}`; made by the face where the client gave none.
+    /// Of the form `[A-Za-z0-9._-]{1,128}`; made by the face where the client gave none.
     pub request_id: String,
     /// Where it came in, for the metrics.
     pub endpoint: Endpoint,

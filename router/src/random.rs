@@ -21,8 +21,9 @@ pub(crate) fn request_id() -> String {
     format!("{:016x}{:016x}", random_u64(), random_u64())
 }
 
-/// Whether a client's id can be used: `[A-Za-z0-9._-]{1,64}`.
+/// Whether a client's id can be used: `[A-Za-z0-9._-]{1,128}`.
+/// Gateways put two ids of their own into one.
 pub(crate) fn is_request_id(id: &str) -> bool {
-    (1..=64).contains(&id.len())
+    (1..=128).contains(&id.len())
         && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'))
 }

@@ -35,7 +35,7 @@ pub(super) fn request_id(given: String) -> Result<String, ApiError> {
     match given.as_str() {
         "" => Ok(random::request_id()),
         id if random::is_request_id(id) => Ok(given),
-        _ => Err(invalid("request_id", "must match [A-Za-z0-9._-]{1,64}")),
+        _ => Err(invalid("request_id", "must match [A-Za-z0-9._-]{1,128}")),
     }
 }
 
@@ -472,8 +472,8 @@ mod tests {
         let resumed = chat_request(wire::ChatRequest { resume, ..Default::default() }, "r".to_owned(), None).unwrap();
         assert_eq!(resumed.params.resume, Some(Resume { generated: vec![1, 2], choice_offset: 3 }));
         assert!(request_id("bad id\n".to_owned()).is_err());
-        assert!(request_id("x".repeat(65)).is_err());
-        assert_eq!(request_id("x".repeat(64)), Ok("x".repeat(64)));
+        assert!(request_id("x".repeat(129)).is_err());
+        assert_eq!(request_id("x".repeat(128)), Ok("x".repeat(128)));
         assert!(!request_id(String::new()).unwrap().is_empty());
     }
 }

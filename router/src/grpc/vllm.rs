@@ -98,6 +98,8 @@ impl VllmEngine for Handlers {
         &self,
         _: Request<wire::HealthCheckRequest>,
     ) -> Result<Response<wire::HealthCheckResponse>, Status> {
+        // While the model is loaded nothing of it can be told yet: a gateway asks again later.
+        self.service()?;
         let (healthy, message) = match self.lifecycle.ready() {
             Ok(()) => (true, String::new()),
             Err(reason) => (false, reason.why().to_owned()),

@@ -66,7 +66,7 @@ const COMMON: &[Field] = &[
     ("stream_interval", "integer", "Tokens between two chunks"),
     ("response_format", "object", "text, json_object, json_schema or structural_tag"),
     ("structured_outputs", "object", "json, regex, choice, grammar, json_object or structural_tag"),
-    ("request_id", "string", "[A-Za-z0-9._-]{1,64}; also the header x-request-id"),
+    ("request_id", "string", "[A-Za-z0-9._-]{1,128}; also the header x-request-id"),
     ("return_token_ids", "boolean", "Tokens beside the text"),
     ("return_tokens_as_token_ids", "boolean", "Names tokens of log probabilities by their ids"),
     ("user", "string", "A label"),

@@ -371,7 +371,7 @@ pub(super) fn common(
     }
     let request_id = fields.string("request_id")?;
     if request_id.as_deref().is_some_and(|id| !is_request_id(id)) {
-        return Err(invalid("request_id", "must have 1 to 64 letters, digits, dots, dashes or underscores"));
+        return Err(invalid("request_id", "must have 1 to 128 letters, digits, dots, dashes or underscores"));
     }
     let common = Common {
         model: fields.string("model")?,
