@@ -4,6 +4,7 @@
 use super::{CHUNK_LEN, Lens, PagedAttention};
 use crate::cuda::memory::Workspace as Memory;
 use crate::cuda::{Arg, CudaBackend, Device, Fault, KernelId};
+use crate::kv_layout::MAX_HEAD_DIM;
 use crate::{DType, KernelError, StepLimits};
 
 const THREADS: u32 = 128;
@@ -23,42 +24,50 @@ const MAX_PARTIAL_BYTES: usize = 128 << 20;
 /// Numbers of a partial result beside those of the head.
 const STATE_TAIL: usize = 4;
 
-/// Kernels by the widest head they take.
-const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+/// Tokens of a tile.
+const TILE_LEN: usize = 32;
 
 /// A kernel and its shared memory.
+#[derive(Clone, Copy)]
 struct Kernel {
     function: &'static str,
+    /// The widest that it takes.
     head_dim: usize,
     shared_bytes: usize,
 }
 
 impl Kernel {
+    /// As in `paged_attention.cu`: K, V and scales of the tiles of the ring, then fragments of the queries.
+    const fn new(function: &'static str, dtype: DType, head_dim: usize) -> Self {
+        let is_quantized = matches!(dtype, DType::I8);
+        let (pair_bytes, scale_bytes, parts) = if is_quantized { (2, 2 * TILE_LEN * 4, 2) } else { (4, 0, 1) };
+        let num_stages = if head_dim > 128 { 2 } else { 4 };
+        let sharers = if head_dim * parts >= 256 { head_dim * parts / 128 } else { 1 };
+        let slot_bytes = head_dim * TILE_LEN * pair_bytes + scale_bytes;
+        let query_bytes = 64 / sharers * head_dim * 2 * parts;
+        Self { function, head_dim, shared_bytes: num_stages * slot_bytes + query_bytes }
+    }
+
     /// For a cache that passed [`crate::KvLayout::validate`].
     fn of(dtype: DType, head_dim: usize) -> Self {
-        let index = HEAD_DIMS.iter().position(|&widest| head_dim <= widest).unwrap_or(HEAD_DIMS.len() - 1);
-        let widest = HEAD_DIMS[index];
-        let functions = match dtype {
-            DType::I8 => [
-                "paged_attention_int8_64",
-                "paged_attention_int8_96",
-                "paged_attention_int8_128",
-                "paged_attention_int8_256",
-            ],
-            DType::Bf16 => [
-                "paged_attention_bf16_64",
-                "paged_attention_bf16_96",
-                "paged_attention_bf16_128",
-                "paged_attention_bf16_256",
-            ],
-            _ => return Self { function: "paged_attention_f32", head_dim: widest, shared_bytes: 0 },
+        const BF16: [Kernel; 4] = [
+            Kernel::new("paged_attention_bf16_64", DType::Bf16, 64),
+            Kernel::new("paged_attention_bf16_96", DType::Bf16, 96),
+            Kernel::new("paged_attention_bf16_128", DType::Bf16, 128),
+            Kernel::new("paged_attention_bf16_256", DType::Bf16, 256),
+        ];
+        const INT8: [Kernel; 3] = [
+            Kernel::new("paged_attention_int8_64", DType::I8, 64),
+            Kernel::new("paged_attention_int8_128", DType::I8, 128),
+            Kernel::new("paged_attention_int8_256", DType::I8, 256),
+        ];
+        const F32: [Kernel; 1] = [Kernel { function: "paged_attention_f32", head_dim: MAX_HEAD_DIM, shared_bytes: 0 }];
+        let kernels: &[Self] = match dtype {
+            DType::I8 => &INT8,
+            DType::Bf16 => &BF16,
+            _ => &F32,
         };
-        // As in `paged_attention.cu`: K, V and scales of the tiles of the ring, then fragments of the queries.
-        let (num_stages, rows) = if widest > 128 { (2, 32) } else { (4, 64) };
-        let (pair_bytes, scale_bytes, parts) = if dtype == DType::I8 { (2, 2 * 32 * 4, 2) } else { (4, 0, 1) };
-        let slot_bytes = 2 * (widest / 2 * 32 * pair_bytes) + scale_bytes;
-        let query_bytes = rows * widest * 2 * parts;
-        Self { function: functions[index], head_dim: widest, shared_bytes: num_stages * slot_bytes + query_bytes }
+        *kernels.iter().find(|kernel| head_dim <= kernel.head_dim).unwrap_or(&kernels[kernels.len() - 1])
     }
 }
 
@@ -98,8 +107,8 @@ impl Workspace {
     /// Takes what steps of at most this size need.
     pub(crate) fn reserve<D: Device>(&mut self, device: &mut D, limits: &StepLimits) -> Result<(), KernelError> {
         let shape = limits.shape;
-        // Whatever the cache's type: the widest kernel that a head of this size may go to.
-        let head_dim = Kernel::of(DType::Bf16, shape.head_dim).head_dim;
+        // Whatever the cache's type: kernels for int8 are the widest that have partial results.
+        let head_dim = Kernel::of(DType::I8, shape.head_dim).head_dim;
         self.grow(device, partial_bytes(limits.num_seqs, shape.num_heads, limits.context_len, head_dim))?;
         self.counters.at_least(device, counter_bytes(limits.num_seqs, shape.num_kv_heads))?;
         self.is_reserved = true;
@@ -210,8 +219,8 @@ mod tests {
             for head_dim in (2..=crate::kv_layout::MAX_HEAD_DIM).step_by(2) {
                 let kernel = Kernel::of(dtype, head_dim);
                 assert!(kernel.head_dim >= head_dim);
-                // Beside the lists of units, which take 9 KiB.
-                assert!(kernel.shared_bytes <= 90 << 10, "{}: {}", kernel.function, kernel.shared_bytes);
+                // Beside the lists of units, which take 11 KiB.
+                assert!(kernel.shared_bytes <= 88 << 10, "{}: {}", kernel.function, kernel.shared_bytes);
             }
         }
         assert_eq!(Kernel::of(DType::Bf16, 128).shared_bytes, 4 * 16 * 1024 + 16 * 1024);

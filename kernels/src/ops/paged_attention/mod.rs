@@ -26,8 +26,8 @@ use crate::{Backend, KernelError};
 /// Writes `F32` `[num_tokens, q_len]` to `out`. The context of a query is cut into chunks of [`CHUNK_LEN`] tokens at
 /// fixed positions; the partial results are merged in ascending order, whoever computed them.
 /// Queries and probabilities are rounded before they are multiplied with K and V: to the cache's type, or, where that is
-/// `I8`, to whole numbers of 16 bits with a scale per query, and per token and tile of tokens. Sums are f32; those of whole
-/// numbers are exact within a tile.
+/// `I8`, to 16 bits: whole numbers with a scale per query, and per token and tile of tokens, or, on CUDA devices, sums of two
+/// numbers of bf16. Sums are f32; those of whole numbers are exact within a tile.
 /// Fails with `KernelError::Shape` or `KernelError::Range` naming the argument, before anything is written.
 /// Blocks: PagedAttention (Kwon et al. 2023, sec. 4.1). Online softmax: Milakov and Gimelshein 2018.
 pub struct PagedAttention<'a, B: Backend> {

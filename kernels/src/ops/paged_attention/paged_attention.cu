@@ -1,14 +1,15 @@
 // Causal attention of new tokens over their paged context: decodes and chunks of prompts in one launch.
 //
 // The queries of a KV head's group are rows of one matrix: row r is head `r % group_len` of new token `r / group_len`. A
-// unit of work is up to 64 rows (32 where heads are wide) of a sequence and KV head: over all of their context, or, where
+// unit of work is up to 64 rows (32 or 16 where heads are wide) of a sequence and KV head: over all of their context, or, where
 // they are 16 at most and there is room for partial results, over one chunk of 512 positions. Thread blocks of four warps
 // take units by tickets until there are none, so a launch has one grid whatever is in the batch; each of them reckons the
 // list of units by itself from the lengths.
 //
-// A warp owns 16 rows. Where there are no more, warp 0 computes and the others help to copy, which is enough to wait for
-// memory: a tile of 32 tokens with heads of 128 takes a warp some 1,300 cycles, so that two thread blocks on a
-// multiprocessor could read 40 GB/s more than its share of an H200's 4.3 TB/s, which is 32 bytes a nanosecond.
+// A warp owns 16 rows. Where there are no more, all four warps share them: each scores 8 of a tile's 32 tokens, they
+// exchange the scores, and each sums a quarter of V's dimensions. With heads of 128 a tile (16 KiB) then takes some 950
+// cycles, most of them latency: two thread blocks on a multiprocessor could take 60 bytes a nanosecond, where its share of
+// an H200's 4.3 TB/s is 33.
 //
 // Shared memory: a ring of tiles of 32 tokens, K and V as they lie in the cache (see `KvLayout`: pairs of dimensions by
 // tokens, then pairs of tokens by dimensions), which are B fragments word by word. Pieces of 32 bytes are exchanged so that
@@ -36,75 +37,115 @@
 
 namespace {
 
+// What a thread block has in shared memory.
+struct Shared {
+    // Tiles, then fragments of queries.
+    uint8_t* ring;
+    uint32_t* starts;
+    uint32_t* partial_starts;
+    uint32_t* blocks;
+    float* exchange;
+    // Bad tokens of a tile; the next unit; whether a part was the last.
+    uint32_t* words;
+};
+
+// A unit of work.
+struct Unit {
+    // Of the batch.
+    uint32_t seq;
+    uint32_t kv_head;
+    // Chunk of a sequence that is split, else which rows.
+    uint32_t part;
+    uint32_t partial_start;
+};
+
+template <class RowsOf>
+DEVICE void work_on(const Batch& batch, const Shared& shared, const Unit& unit, const Seq& seq, uint32_t first_row,
+                    uint32_t num_rows) {
+    RowsOf rows = {{batch, shared.ring, shared.blocks, shared.words},
+                   shared.ring + RowsOf::STAGES * RowsOf::KvTiles::SLOT_BYTES,
+                   shared.exchange,
+                   seq,
+                   first_row,
+                   num_rows};
+    const bool is_split = unit.partial_start != NO_SPLIT;
+    rows.tiles.kv_head = unit.kv_head;
+    rows.tiles.table = batch.block_tables + size_t(batch.rows[unit.seq]) * batch.max_num_blocks;
+    rows.tiles.start = batch.first_visible(rows.position_of(0));
+    rows.tiles.end = rows.position_of(num_rows - 1) + 1;
+    if (is_split) {
+        const uint32_t chunk = seq.first_chunk + unit.part;
+        rows.tiles.start = max(rows.tiles.start, chunk * CHUNK);
+        rows.tiles.end = min(rows.tiles.end, (chunk + 1) * CHUNK);
+    }
+    rows.run();
+    if (is_split) {
+        uint32_t* arrivals = batch.counters + 2 + unit.seq * batch.num_kv_heads + unit.kv_head;
+        rows.write_part(unit.partial_start, unit.part, arrivals, shared.words + 2);
+    } else {
+        rows.write();
+    }
+}
+
 template <class Kv, int HEAD_DIM>
-DEVICE void attention(const Batch &batch) {
-    using Unit = Attention<Kv, HEAD_DIM>;
-    DYNAMIC_SHARED(shared);
+DEVICE void attention(const Batch& batch) {
+    // Many rows, as far as registers go, and so few that all warps share them. Both have the same order of operations.
+    constexpr int MANY_SHARERS = HEAD_DIM * Kv::PARTS / 128;
+    using Many = Rows<Kv, HEAD_DIM, (MANY_SHARERS > 1 ? MANY_SHARERS : 1)>;
+    using Few = Rows<Kv, HEAD_DIM, WARPS>;
+    DYNAMIC_SHARED(ring);
     SHARED_ARRAY(uint32_t, starts, MAX_SEQS + 1);
     SHARED_ARRAY(uint32_t, partial_starts, MAX_SEQS);
     SHARED_ARRAY(uint32_t, blocks, 2 * PIECES_OF_CHUNK);
+    SHARED_ARRAY(float, exchange, 16 * SCORES_STRIDE);
     SHARED_ARRAY(uint32_t, of_warps, WARPS);
-    // Bad tokens of a tile; the next unit; whether a part was the last.
     SHARED_ARRAY(uint32_t, words, 3);
-    list_units<Unit::ROWS>(batch, UnitList{starts, partial_starts}, of_warps);
+    const Shared shared = {ring, starts, partial_starts, blocks, exchange, words};
+    list_units<Many::ROWS>(batch, UnitList{starts, partial_starts}, of_warps);
     if (batch.head_dim < HEAD_DIM) {
         // Dimensions that no copy fills.
         const Bytes16 zeros = {{0, 0, 0, 0}};
-        for (int at = threadIdx.x * 16; at < Unit::STAGES * Unit::KvTiles::SLOT_BYTES; at += THREADS * 16) {
-            store_16(shared + at, zeros);
+        for (int at = threadIdx.x * 16; at < Many::STAGES * Many::KvTiles::SLOT_BYTES; at += THREADS * 16) {
+            store_16(ring + at, zeros);
         }
         __syncthreads();
     }
     uint32_t* tickets = batch.counters;
-    uint32_t* arrivals = batch.counters + 2;
-    uint32_t unit = blockIdx.x;
-    while (unit < starts[batch.num_seqs]) {
+    uint32_t ticket = blockIdx.x;
+    while (ticket < starts[batch.num_seqs]) {
         // Asked for early: the answer takes its time.
         uint32_t next = 0;
         if (threadIdx.x == THREADS - 1) {
             next = gridDim.x + atomicAdd(tickets, 1u);
         }
-        // The last sequence that starts at or before the unit; those without units start where the next does.
+        // The last sequence that starts at or before the ticket; those without units start where the next does.
         uint32_t place = 0;
         uint32_t behind = batch.num_seqs;
         while (behind - place > 1) {
             const uint32_t middle = (place + behind) / 2;
-            if (starts[middle] <= unit) {
+            if (starts[middle] <= ticket) {
                 place = middle;
             } else {
                 behind = middle;
             }
         }
-        const uint32_t index = batch.num_seqs - 1 - place;
-        const uint32_t partial_start = partial_starts[place];
-        const uint32_t part = (unit - starts[place]) / batch.num_kv_heads;
-        Unit work = {{batch, shared, blocks, words}, shared + Unit::STAGES * Unit::KvTiles::SLOT_BYTES};
-        work.seq = seq_of(batch, index);
-        work.tiles.kv_head = (unit - starts[place]) % batch.num_kv_heads;
-        work.tiles.table = batch.block_tables + size_t(batch.rows[index]) * batch.max_num_blocks;
-        const uint32_t all_rows = work.seq.q_len * batch.group_len();
-        const bool is_split = partial_start != NO_SPLIT;
-        work.first_row = is_split ? 0 : part * Unit::ROWS;
-        work.num_rows = min(Unit::ROWS, all_rows - work.first_row);
-        work.tiles.start = batch.first_visible(work.position_of(0));
-        work.tiles.end = work.position_of(work.num_rows - 1) + 1;
-        if (is_split) {
-            const uint32_t chunk = work.seq.first_chunk + part;
-            work.tiles.start = max(work.tiles.start, chunk * CHUNK);
-            work.tiles.end = min(work.tiles.end, (chunk + 1) * CHUNK);
-        }
-        work.run();
-        if (is_split) {
-            work.write_part(partial_start, part, arrivals + index * batch.num_kv_heads + work.tiles.kv_head, words + 2);
+        const uint32_t of_seq = ticket - starts[place];
+        const Unit unit = {batch.num_seqs - 1 - place, of_seq % batch.num_kv_heads, of_seq / batch.num_kv_heads,
+                           partial_starts[place]};
+        const Seq seq = seq_of(batch, unit.seq);
+        const uint32_t first_row = unit.partial_start == NO_SPLIT ? unit.part * Many::ROWS : 0;
+        const uint32_t num_rows = min(Many::ROWS, seq.q_len * batch.group_len() - first_row);
+        if (num_rows <= Few::ROWS) {
+            work_on<Few>(batch, shared, unit, seq, first_row, num_rows);
         } else {
-            work.write();
+            work_on<Many>(batch, shared, unit, seq, first_row, num_rows);
         }
         if (threadIdx.x == THREADS - 1) {
             words[1] = next;
         }
         // Nobody reads this unit's tiles any more.
         __syncthreads();
-        unit = words[1];
+        ticket = words[1];
     }
     // The last thread block leaves the tickets as they were found.
     __syncthreads();
@@ -148,8 +189,6 @@ KERNEL(paged_attention_bf16_128, (128, 2), PARAMETERS) { attention<Bf16, 128>(BA
 KERNEL(paged_attention_bf16_256, (128, 2), PARAMETERS) { attention<Bf16, 256>(BATCH); }
 
 KERNEL(paged_attention_int8_64, (128, 2), PARAMETERS) { attention<Int8, 64>(BATCH); }
-
-KERNEL(paged_attention_int8_96, (128, 2), PARAMETERS) { attention<Int8, 96>(BATCH); }
 
 KERNEL(paged_attention_int8_128, (128, 2), PARAMETERS) { attention<Int8, 128>(BATCH); }
 

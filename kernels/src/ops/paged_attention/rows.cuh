@@ -43,11 +43,14 @@ struct Merge {
     }
 };
 
-// Attention over caches of `Kv` with heads of at most `HEAD_DIM` dimensions.
-template <class Kv, int HEAD_DIM>
-struct Attention {
-    // Warps that share 16 rows, each with a part of the dimensions of V.
-    static constexpr int SHARERS = HEAD_DIM > 128 ? 2 : 1;
+// Numbers from the scores of a row of a tile to the next in shared memory, where warps exchange them.
+constexpr uint32_t SCORES_STRIDE = TILE + 4;
+
+// Rows over caches of `Kv` with heads of at most `HEAD_DIM` dimensions. `SHARERS` warps share 16 rows, each with a part of
+// the dimensions of V. If these are all warps, each also has a part of a tile's tokens, and they exchange scores.
+template <class Kv, int HEAD_DIM, int SHARERS>
+struct Rows {
+    static constexpr bool EXCHANGES = SHARERS == WARPS;
     static constexpr uint32_t ROWS = 16 * WARPS / SHARERS;
     static constexpr int Q_STEPS = HEAD_DIM / 16;
     static constexpr int DIM_TILES = HEAD_DIM / 8 / SHARERS;
@@ -60,6 +63,8 @@ struct Attention {
     KvTiles tiles;
     // [16 rows][16 dimensions][part][lane] fragments.
     uint8_t* queries;
+    // [16][SCORES_STRIDE], where warps exchange.
+    float* exchange;
     Seq seq;
     uint32_t first_row;
     uint32_t num_rows;
@@ -78,9 +83,6 @@ struct Attention {
 
     // Queries of this warp's rows, as fragments; zeros where there is no row or dimension.
     DEVICE void load_queries() const {
-        if (warp_index() % SHARERS != 0) {
-            return;
-        }
         const uint32_t lane = lane_index();
         const uint32_t qkv_len = (tiles.batch.num_heads + 2 * tiles.batch.num_kv_heads) * tiles.batch.head_dim;
         const float* from[2];
@@ -94,7 +96,7 @@ struct Attention {
             const uint32_t head = tiles.kv_head * tiles.batch.group_len() + of_unit % tiles.batch.group_len();
             from[half] = tiles.batch.qkv + size_t(token) * qkv_len + head * tiles.batch.head_dim;
         }
-        for (int step = 0; step < Q_STEPS; ++step) {
+        for (int step = warp_index() % SHARERS; step < Q_STEPS; step += SHARERS) {
             Bytes16 fragments[PARTS];
             UNROLL
             for (int word = 0; word < 4; ++word) {
@@ -123,13 +125,16 @@ struct Attention {
     // Scores of this warp's rows and a tile, in powers of two.
     DEVICE void score(int slot, uint32_t tile_start, bool is_whole, const uint32_t (&first)[2], const uint32_t (&last)[2],
                       float (&scores)[TOKEN_TILES][4]) const {
+        constexpr int OWN_TILES = EXCHANGES ? TOKEN_TILES / WARPS : TOKEN_TILES;
+        const int first_tile = EXCHANGES ? warp_index() * OWN_TILES : 0;
         const uint32_t lane = lane_index();
         const uint8_t* k = tiles.ring + slot * KvTiles::SLOT_BYTES;
+        float own[OWN_TILES][4];
         UNROLL
-        for (int tile = 0; tile < TOKEN_TILES; ++tile) {
+        for (int tile = 0; tile < OWN_TILES; ++tile) {
             UNROLL
             for (int i = 0; i < 4; ++i) {
-                scores[tile][i] = 0.0f;
+                own[tile][i] = 0.0f;
             }
         }
         UNROLL
@@ -140,31 +145,45 @@ struct Attention {
                 q[part] = load_16(query_at(step, part));
             }
             UNROLL
-            for (int tile = 0; tile < TOKEN_TILES; ++tile) {
-                const uint32_t token = tile * 8 + lane / 4;
+            for (int tile = 0; tile < OWN_TILES; ++tile) {
+                const uint32_t token = (first_tile + tile) * 8 + lane / 4;
                 const uint32_t b[2] = {Kv::pair(k + KvTiles::k_at(step * 8 + lane % 4, token)),
                                        Kv::pair(k + KvTiles::k_at(step * 8 + 4 + lane % 4, token))};
                 UNROLL
                 for (int part = 0; part < PARTS; ++part) {
-                    mma_m16n8k16_bf16(scores[tile], q[part].word, b);
+                    mma_m16n8k16_bf16(own[tile], q[part].word, b);
                 }
             }
         }
         const float* scales = reinterpret_cast<const float*>(k + KvTiles::K_BYTES + KvTiles::V_BYTES);
-        // Scores are in powers of two.
         const float factor = tiles.batch.scale * 1.44269504f;
         UNROLL
-        for (int tile = 0; tile < TOKEN_TILES; ++tile) {
+        for (int tile = 0; tile < OWN_TILES; ++tile) {
             UNROLL
             for (int i = 0; i < 4; ++i) {
-                const uint32_t token = tile * 8 + lane % 4 * 2 + i % 2;
-                float score = scores[tile][i] * factor;
+                const uint32_t token = (first_tile + tile) * 8 + lane % 4 * 2 + i % 2;
+                float score = own[tile][i] * factor;
                 if (Kv::IS_QUANTIZED) {
                     score *= scales[token];
                 }
                 const uint32_t position = tile_start + token;
                 const bool is_seen = is_whole || (position >= first[i / 2] && position < last[i / 2]);
-                scores[tile][i] = is_seen ? score : NONE;
+                own[tile][i] = is_seen ? score : NONE;
+                if (EXCHANGES) {
+                    exchange[(lane / 4 + i / 2 * 8) * SCORES_STRIDE + token] = own[tile][i];
+                }
+            }
+        }
+        if (EXCHANGES) {
+            __syncthreads();
+        }
+        UNROLL
+        for (int tile = 0; tile < TOKEN_TILES; ++tile) {
+            UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t token = tile * 8 + lane % 4 * 2 + i % 2;
+                scores[tile][i] = EXCHANGES ? exchange[(lane / 4 + i / 2 * 8) * SCORES_STRIDE + token]
+                                            : own[tile % OWN_TILES][i];
             }
         }
     }
