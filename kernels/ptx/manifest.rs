@@ -18,8 +18,8 @@
         name: "linear",
         arch: Arch::Sm80,
         text: include_bytes!("linear.sm_80.ptx"),
-        sha256: "874c852a1d83ef7004d525a3aa8bdca8a028699c5f9be2bc1de26aef1eebe52d",
-        source_sha256: "7f3ab934ccad08a83f9f7d71a6f73e5935d05f106cac3326856f03cec4fef967",
+        sha256: "e0e31a875250d6285da639cf10e32bd489ddcba5d07e9181d942bceda53fc8d3",
+        source_sha256: "b493bc272394822d5540275ee95366ceaa41e9af3f6df4ab08410e9bb1a2a35d",
     },
     PtxModule {
         name: "logprobs",
@@ -32,8 +32,8 @@
         name: "paged_attention",
         arch: Arch::Sm80,
         text: include_bytes!("paged_attention.sm_80.ptx"),
-        sha256: "3791b11ada3c8aa96ce9738fdb39cc5eb74fda362d95fb467671dcd24113d269",
-        source_sha256: "de63d77561bb1e47490d1724e7be0d7d50a80c7a591981bd85889aad0520bcb2",
+        sha256: "796d4f5cc619cfb7bcd5fd16f3f63f574398e5d69f0f7a8bc230edb2b4432079",
+        source_sha256: "61f69c88dc3e92a216115a5f96533574986e8b554a4cfb0ebc0bf39d7da9318a",
     },
     PtxModule {
         name: "rms_norm",

@@ -119,7 +119,7 @@ KERNEL(linear_int8_long_t8, (128), PARAMETERS(uint8_t)) {
     grouped<8, Codes::INT8_LONG>(weights, x, OUTPUT, JOB, flags);
 }
 
-KERNEL(linear_int8_long_t32, (128), PARAMETERS(uint8_t)) {
+KERNEL(linear_int8_long_t32, (128, 2), PARAMETERS(uint8_t)) {
     grouped<32, Codes::INT8_LONG>(weights, x, OUTPUT, JOB, flags);
 }
 
@@ -131,7 +131,7 @@ KERNEL(linear_int8_short_t8, (128), PARAMETERS(uint8_t)) {
     grouped<8, Codes::INT8_SHORT>(weights, x, OUTPUT, JOB, flags);
 }
 
-KERNEL(linear_int8_short_t32, (128), PARAMETERS(uint8_t)) {
+KERNEL(linear_int8_short_t32, (128, 2), PARAMETERS(uint8_t)) {
     grouped<32, Codes::INT8_SHORT>(weights, x, OUTPUT, JOB, flags);
 }
 
@@ -143,7 +143,7 @@ KERNEL(linear_int4_t8, (128), PARAMETERS(uint8_t)) {
     grouped<8, Codes::INT4_SHORT>(weights, x, OUTPUT, JOB, flags);
 }
 
-KERNEL(linear_int4_t32, (128), PARAMETERS(uint8_t)) {
+KERNEL(linear_int4_t32, (128, 2), PARAMETERS(uint8_t)) {
     grouped<32, Codes::INT4_SHORT>(weights, x, OUTPUT, JOB, flags);
 }
 
