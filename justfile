@@ -27,6 +27,11 @@ clients:
     cargo build -p quire-router
     tests/clients/run.sh
 
+# Every schema of a folder of the public JSON Schema test suite against the demo model.
+schemas FOLDER:
+    cargo build --release
+    cargo run --release -p quire-tests --example json_schemas -- {{FOLDER}}
+
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 

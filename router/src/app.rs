@@ -230,7 +230,8 @@ fn load(
     let text = text
         .map_err(|_| AppError::Model("reading the tokenizer failed".to_owned()))?
         .map_err(|error| AppError::Model(format!("cannot serve the model: {error}")))?;
-    let model = ServedModel::new(text, name, engine.model());
+    let model =
+        ServedModel::new(text, name, engine.model()).speaking(config.model.tool_parser, config.model.reasoning_parser);
     say_what_is_served(&source, model.name(), engine.model(), start.elapsed());
     Ok((engine, model))
 }

@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Kwargs, Serde, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, context};
 use quire_engine::ModelSource;
 use serde::Deserialize;
@@ -41,10 +41,14 @@ pub enum TemplateError {
 }
 
 /// What a template is given beside the messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct RenderOptions {
     pub add_generation_prompt: bool,
     pub enable_thinking: Option<bool>,
+    pub reasoning_effort: Option<String>,
+    /// Functions in OpenAI's shape; none leaves them undefined.
+    pub tools: Vec<serde_json::Value>,
+    pub documents: Vec<serde_json::Value>,
     /// Seconds since 1970, for templates that write today's date.
     pub now_seconds: u64,
 }
@@ -55,7 +59,7 @@ pub struct ChatTemplate {
     /// `bos_token`, `eos_token` and the like, as text.
     special_tokens: Vec<(&'static str, String)>,
     output_bytes: usize,
-    knows_developer: bool,
+    source: String,
 }
 
 /// The parts of `tokenizer_config.json` that are read here.
@@ -163,10 +167,10 @@ impl ChatTemplate {
             environment,
             special_tokens,
             output_bytes: limits.template_output_bytes,
-            knows_developer: template.contains("developer"),
+            source: template.to_owned(),
         };
-        let hello = ChatMessage { role: "user".into(), content: "Hello".into(), name: None };
-        let options = RenderOptions { add_generation_prompt: true, enable_thinking: None, now_seconds: 0 };
+        let hello = ChatMessage { role: "user".into(), content: "Hello".into(), ..ChatMessage::default() };
+        let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
         match template.render(&[hello], options) {
             Err(TemplateError::TooExpensive) => {
                 Err("the chat template takes too many steps or writes too much for one short message".into())
@@ -176,10 +180,25 @@ impl ChatTemplate {
         }
     }
 
+    /// Whether the template mentions a word: a role or a variable that not all templates know.
+    pub fn mentions(&self, word: &str) -> bool {
+        self.source.contains(word)
+    }
+
+    /// The template as the model brings it.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
+    }
+
     /// The text of a conversation.
     pub fn render(&self, messages: &[ChatMessage], options: RenderOptions) -> Result<String, TemplateError> {
         let template = self.environment.get_template("chat").map_err(|_| TemplateError::Failed)?;
-        let input_bytes: usize = messages.iter().map(|message| message.content.len() + message.role.len()).sum();
+        let of_message = |message: &ChatMessage| {
+            let calls = message.tool_calls.iter().map(|call| call.name.len() + call.arguments.len()).sum::<usize>();
+            message.content.len() + message.role.len() + message.reasoning.as_ref().map_or(0, String::len) + calls
+        };
+        let beside = options.tools.iter().chain(&options.documents).map(json_bytes).sum::<usize>();
+        let input_bytes: usize = messages.iter().map(of_message).sum::<usize>() + beside;
         let mut output = CappedWriter {
             bytes: Vec::new(),
             limit: input_bytes.saturating_mul(OUTPUT_FACTOR).saturating_add(self.output_bytes),
@@ -188,13 +207,16 @@ impl ChatTemplate {
         let mut variables: BTreeMap<&str, Value> = BTreeMap::from([
             ("messages", messages.into()),
             ("add_generation_prompt", options.add_generation_prompt.into()),
-            ("tools", ().into()),
-            ("documents", ().into()),
+            ("tools", list_or_none(&options.tools)),
+            ("documents", list_or_none(&options.documents)),
             (NOW, options.now_seconds.into()),
         ]);
         if let Some(enable_thinking) = options.enable_thinking {
             variables.insert("enable_thinking", enable_thinking.into());
             variables.insert("thinking", enable_thinking.into());
+        }
+        if let Some(effort) = options.reasoning_effort {
+            variables.insert("reasoning_effort", effort.into());
         }
         variables.extend(self.special_tokens.iter().map(|(name, text)| (*name, text.as_str().into())));
         match template.render_captured_to(Value::from(variables), &mut output) {
@@ -206,13 +228,52 @@ impl ChatTemplate {
     fn value(&self, message: &ChatMessage) -> Value {
         // The newer name of the system role, for templates that were written before it.
         let role = match message.role.as_str() {
-            "developer" if !self.knows_developer => "system",
+            "developer" if !self.mentions("developer") => "system",
             role => role,
         };
-        match &message.name {
-            Some(name) => context! { role => role, content => &message.content, name => name },
-            None => context! { role => role, content => &message.content },
+        let mut fields: BTreeMap<&str, Value> =
+            BTreeMap::from([("role", role.into()), ("content", message.content.as_str().into())]);
+        if let Some(name) = &message.name {
+            fields.insert("name", name.as_str().into());
         }
+        if let Some(id) = &message.tool_call_id {
+            fields.insert("tool_call_id", id.as_str().into());
+        }
+        if let Some(reasoning) = &message.reasoning {
+            fields.insert("reasoning_content", reasoning.as_str().into());
+            fields.insert("reasoning", reasoning.as_str().into());
+            fields.insert("thinking", reasoning.as_str().into());
+        }
+        if !message.tool_calls.is_empty() {
+            let calls: Vec<Value> = message
+                .tool_calls
+                .iter()
+                .map(|call| {
+                    // Templates write arguments themselves, in the way that the model was trained on.
+                    let arguments: serde_json::Value = serde_json::from_str(&call.arguments)
+                        .unwrap_or_else(|_| serde_json::Value::from(call.arguments.as_str()));
+                    let function = context! { name => &call.name, arguments => Value::from(Serde(arguments)) };
+                    context! { id => &call.id, type => "function", function => function }
+                })
+                .collect();
+            fields.insert("tool_calls", calls.into());
+        }
+        Value::from(fields)
+    }
+}
+
+fn list_or_none(items: &[serde_json::Value]) -> Value {
+    if items.is_empty() { ().into() } else { Value::from(Serde(items)) }
+}
+
+fn json_bytes(value: &serde_json::Value) -> usize {
+    match value {
+        serde_json::Value::String(text) => text.len() + 2,
+        serde_json::Value::Array(items) => items.iter().map(json_bytes).sum::<usize>() + 2,
+        serde_json::Value::Object(fields) => {
+            fields.iter().map(|(name, value)| name.len() + 4 + json_bytes(value)).sum::<usize>() + 2
+        }
+        _ => 8,
     }
 }
 
@@ -465,13 +526,14 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::generation::ToolCall;
 
     fn message(role: &str, content: &str) -> ChatMessage {
-        ChatMessage { role: role.to_owned(), content: content.to_owned(), name: None }
+        ChatMessage { role: role.to_owned(), content: content.to_owned(), ..ChatMessage::default() }
     }
 
     fn options() -> RenderOptions {
-        RenderOptions { add_generation_prompt: true, enable_thinking: None, now_seconds: 1_795_000_000 }
+        RenderOptions { add_generation_prompt: true, now_seconds: 1_795_000_000, ..RenderOptions::default() }
     }
 
     fn render(template: &str, messages: &[ChatMessage]) -> Result<String, TemplateError> {
@@ -502,6 +564,30 @@ mod tests {
         check("{{ [1] | tojson(indent=2) }}", "[\n  1\n]");
         check("{% if enable_thinking is defined %}on{% else %}off{% endif %}", "off");
         check("{{ strftime_now('%d %b %Y') }}", "18 Nov 2026");
+    }
+
+    #[test]
+    fn tools_calls_results_and_documents_are_there_for_templates_that_write_them() {
+        let template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for d in documents or [] %}{{ d.title }}{% endfor %}\
+            {% for m in messages %}{{ m.role }}:{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.city }})\
+            {{ c.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}{{ m.content }};{% endfor %}{{ reasoning_effort }}";
+        let template = ChatTemplate::compile(template, Vec::new(), &Limits::default()).expect("compiles");
+        let call =
+            ToolCall { id: "1".into(), name: "weather".into(), arguments: "{\"city\": \"Rome\", \"b\": 1}".into() };
+        let messages = [
+            ChatMessage { tool_calls: vec![call], ..message("assistant", "") },
+            ChatMessage { tool_call_id: Some("1".into()), ..message("tool", "sunny") },
+        ];
+        let options = RenderOptions {
+            tools: vec![serde_json::json!({"type": "function", "function": {"name": "weather"}})],
+            documents: vec![serde_json::json!({"title": "D", "text": "x"})],
+            reasoning_effort: Some("low".into()),
+            ..options()
+        };
+        let expected = "{\"type\": \"function\", \"function\": {\"name\": \"weather\"}}D\
+            assistant:weather(Rome){\"city\": \"Rome\", \"b\": 1};tool:1sunny;low";
+        assert_eq!(template.render(&messages, options).expect("renders"), expected);
+        assert_eq!(template.render(&[message("user", "x")], self::options()).expect("renders"), "user:x;");
     }
 
     #[test]

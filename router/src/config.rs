@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use quire_engine::{EngineConfig, SchedulerSettings};
 use serde::{Deserialize, Serialize};
 
+use crate::dialect::{ReasoningParserChoice, ToolParserChoice};
 use crate::generation::Limits;
 
 pub use cli::{Command, parse};
@@ -97,6 +98,12 @@ impl Default for ServerConfig {
 pub struct ModelConfig {
     /// A Hugging Face directory, or a hub name `owner/name` or `owner/name@revision`; without it the demo model.
     pub path: Option<String>,
+    /// How the model writes tool calls: `auto` sees it in its chat template. One of `hermes`, `llama3_json`, `pythonic`,
+    /// `mistral`, `deepseek_v3`, `qwen3_coder`, `harmony` where the template does not show it.
+    pub tool_parser: ToolParserChoice,
+    /// How the model marks its reasoning: `auto` sees it in its chat template; `none` leaves it in the text; `think`,
+    /// `harmony`.
+    pub reasoning_parser: ReasoningParserChoice,
 }
 
 /// How log lines look.

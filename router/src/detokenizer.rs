@@ -162,6 +162,11 @@ impl TokenTable {
         self.special.get(id as usize).copied().unwrap_or(false)
     }
 
+    /// The special token that is spelled so.
+    pub fn special_id(&self, text: &str) -> Option<u32> {
+        (0..self.special.len()).find(|id| self.special[*id] && *self.bytes[*id] == *text.as_bytes()).map(|id| id as u32)
+    }
+
     /// Number of tokens.
     pub fn len(&self) -> usize {
         self.bytes.len()
@@ -215,6 +220,8 @@ pub enum SpecialTokenText {
 pub struct Detokenizer {
     table: Arc<TokenTable>,
     special_tokens: SpecialTokenText,
+    /// Special tokens that are written in any case.
+    shown: Arc<[u32]>,
     /// The start of a character whose other bytes have not come.
     carry: [u8; 4],
     carry_len: usize,
@@ -224,14 +231,21 @@ pub struct Detokenizer {
 impl Detokenizer {
     pub fn new(table: Arc<TokenTable>, start: Start, special_tokens: SpecialTokenText) -> Self {
         let strip_next_space = start == Start::OfText && table.strips_first_space;
-        Self { table, special_tokens, carry: [0; 4], carry_len: 0, strip_next_space }
+        Self { table, special_tokens, shown: Arc::from([]), carry: [0; 4], carry_len: 0, strip_next_space }
+    }
+
+    /// Writes these special tokens in any case.
+    #[must_use]
+    pub fn showing(mut self, token_ids: Arc<[u32]>) -> Self {
+        self.shown = token_ids;
+        self
     }
 
     /// Appends the characters that this token completes.
     pub fn push(&mut self, id: u32, text: &mut String) {
         let table = Arc::clone(&self.table);
         let Some(bytes) = table.bytes.get(id as usize) else { return };
-        if self.special_tokens == SpecialTokenText::Skipped && table.is_special(id) {
+        if self.special_tokens == SpecialTokenText::Skipped && table.is_special(id) && !self.shown.contains(&id) {
             return;
         }
         let mut bytes: &[u8] = bytes;

@@ -3,8 +3,10 @@
 //! Both faces parse their own wire form into [`GenerationRequest`], call [`GenerationService::generate`], and frame the
 //! [`GenerationEvent`]s that come back. Everything that a request can be refused for is decided here, once.
 
+mod chat;
 mod choice;
 mod limits;
+mod plain;
 mod service;
 mod text;
 mod validate;
@@ -20,18 +22,10 @@ use crate::fim::FimInput;
 use crate::grammar::OutputFormat;
 use crate::metrics::Endpoint;
 
+pub use chat::{ChatInput, ChatMessage, Tool, ToolCall, ToolChoice};
 pub use limits::Limits;
 pub use service::{Generation, GenerationService, ServiceParts};
 pub(crate) use validate::invalid;
-
-/// One message of a conversation, as the chat template sees it.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct ChatMessage {
-    pub role: String,
-    pub content: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-}
 
 /// What to continue.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,32 +60,6 @@ pub enum TruncateTo {
 pub enum Keep {
     First,
     Last,
-}
-
-/// A conversation and how the chat template is to render it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ChatInput {
-    pub messages: Vec<ChatMessage>,
-    /// Whether the prompt ends with the opening of an assistant's message.
-    pub add_generation_prompt: bool,
-    /// Whether the last message is left open, so that the model goes on with it.
-    pub continue_final_message: bool,
-    /// Whether the tokenizer adds its own tokens (BOS) too; most templates write them themselves.
-    pub add_special_tokens: bool,
-    /// The one switch that templates read beside the messages; `None` leaves it undefined.
-    pub enable_thinking: Option<bool>,
-}
-
-impl Default for ChatInput {
-    fn default() -> Self {
-        Self {
-            messages: Vec::new(),
-            add_generation_prompt: true,
-            continue_final_message: false,
-            add_special_tokens: false,
-            enable_thinking: None,
-        }
-    }
 }
 
 /// Sampling and limits as a client gave them; what is absent takes the model's default from `generation_config.json`,
@@ -193,6 +161,8 @@ pub enum StopCause {
     StopString(String),
     /// `max_tokens` or the model's length.
     Length,
+    /// The model called tools, and waits for their results.
+    ToolCalls,
 }
 
 /// Tokens in and out of a request.
@@ -212,6 +182,10 @@ pub enum GenerationEvent {
     /// New text of a choice and the tokens it came from. Text can lag behind tokens while a character or a possible
     /// stop string is not complete; either can be empty.
     Delta { choice_index: u32, text: String, tokens: Vec<TokenInfo> },
+    /// New reasoning of a choice; what is reasoning is not in the text of a delta.
+    Reasoning { choice_index: u32, text: String },
+    /// A call that a choice makes, whole. `call_index` counts the choice's calls from 0.
+    ToolCall { choice_index: u32, call_index: u32, call: ToolCall },
     /// The choice's last event.
     ChoiceFinished { choice_index: u32, cause: StopCause },
     /// The last event of a request that ended well.

@@ -7,6 +7,7 @@ pub mod chat_template;
 pub mod config;
 pub mod demo;
 pub mod detokenizer;
+pub mod dialect;
 pub mod error;
 pub mod fim;
 pub mod generation;

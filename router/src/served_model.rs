@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::chat_template::ChatTemplate;
 use crate::detokenizer::TokenTable;
+use crate::dialect::{Dialects, ReasoningParserChoice, ToolParserChoice};
 use crate::fim::FimTokens;
 use crate::generation::Limits;
 use crate::gguf;
@@ -61,6 +62,7 @@ pub struct ServedModel {
     defaults: GenerationDefaults,
     source: ModelSource,
     grammars: Arc<Grammars>,
+    dialects: Dialects,
 }
 
 /// A model's text side, read: what can be had before the engine's side is known.
@@ -134,11 +136,29 @@ impl ServedModel {
             fingerprint: format!("quire-{}-{digest}", env!("CARGO_PKG_VERSION")),
             fim: FimTokens::find(&tokenizer, info.vocab_size).map(Arc::new),
             tokenizer: Arc::new(tokenizer),
+            dialects: Dialects::detect(
+                chat_template.as_ref().map_or("", ChatTemplate::source),
+                ToolParserChoice::Auto,
+                ReasoningParserChoice::Auto,
+            ),
             chat_template: chat_template.map(Arc::new),
             defaults,
             source,
             grammars,
         }
+    }
+
+    /// With what an operator knows of how the model writes tool calls and reasoning.
+    #[must_use]
+    pub fn speaking(mut self, tools: ToolParserChoice, reasoning: ReasoningParserChoice) -> Self {
+        let template = self.chat_template.as_ref().map_or("", |template| template.source());
+        self.dialects = Dialects::detect(template, tools, reasoning);
+        self
+    }
+
+    /// How it writes tool calls and reasoning.
+    pub fn dialects(&self) -> &Dialects {
+        &self.dialects
     }
 
     /// The name clients ask for.

@@ -145,14 +145,18 @@ fn speaks_grpc() {
                 }
                 Event::Finished(_) => order.push("finished".to_owned()),
                 Event::Done(done) => order.push(format!("done {}", done.usage.unwrap().completion_tokens)),
-                Event::PromptLogprobs(_) => panic!("nobody asked for these"),
+                Event::PromptLogprobs(_) | Event::Reasoning(_) | Event::ToolCall(_) => panic!("nobody asked for these"),
             }
         }
         assert_eq!((&text, &tokens), (&choice.text, &choice.tokens));
         assert_eq!(order, ["started Some(7)", "finished", "done 24"]);
 
         let chat = wire::ChatRequest {
-            messages: vec![wire::ChatMessage { role: "user".to_owned(), content: "Hello".to_owned(), name: None }],
+            messages: vec![wire::ChatMessage {
+                role: "user".to_owned(),
+                content: "Hello".to_owned(),
+                ..Default::default()
+            }],
             stopping: Some(wire::StoppingParams { max_tokens: Some(8), ..Default::default() }),
             output: Some(wire::OutputParams { logprobs: Some(2), ..Default::default() }),
             ..Default::default()

@@ -52,7 +52,7 @@ async fn one_answer_through_every_face() {
     // Through gRPC, whole and streamed.
     let sampling = SamplingParams { temperature: Some(0.8), seed: Some(11), ..Default::default() };
     let stopping = StoppingParams { max_tokens: Some(40), ..Default::default() };
-    let message = ChatMessage { role: "user".to_owned(), content: QUESTION.to_owned(), name: None };
+    let message = ChatMessage { role: "user".to_owned(), content: QUESTION.to_owned(), ..Default::default() };
     let chat = ChatRequest {
         messages: vec![message],
         sampling: Some(sampling.clone()),

@@ -6,3 +6,4 @@ mod faces;
 mod hostile;
 mod lifecycle;
 mod resume;
+mod structured;

@@ -58,6 +58,7 @@ async fn listen(server: &Server, request: GenerateRequest) -> Said {
             Event::Finished(finish) => said.finish = Some(finish),
             Event::Done(done) => said.completion_tokens = done.usage.expect("usage").completion_tokens,
             Event::Started(_) | Event::PromptLogprobs(_) => {}
+            Event::Reasoning(_) | Event::ToolCall(_) => panic!("nobody asked for these"),
         }
     }
     said

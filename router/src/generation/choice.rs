@@ -5,8 +5,9 @@ use std::sync::Arc;
 use quire_scheduler::{FinishReason, TokenLogprobs};
 
 use crate::detokenizer::{Detokenizer, SpecialTokenText, Start, StopAllowed, StopMatcher, StopString, TokenTable};
+use crate::dialect::{OutputParser, ParsedCall, ParserOptions, Part, Parts};
 
-use super::{GenerationEvent, NamedLogprobs, StopCause, TokenInfo};
+use super::{GenerationEvent, NamedLogprobs, StopCause, TokenInfo, ToolCall};
 
 /// What all choices of a request share.
 pub(super) struct ChoiceRules {
@@ -19,6 +20,18 @@ pub(super) struct ChoiceRules {
     /// The model's own among them.
     pub(super) eos_token_ids: Vec<u32>,
     pub(super) special_tokens: SpecialTokenText,
+    /// How reasoning and calls are told from text; `None` where all is text.
+    pub(super) answer: Option<AnswerRules>,
+}
+
+/// What a chat answer is taken apart into.
+pub(super) struct AnswerRules {
+    pub(super) parser: ParserOptions,
+    /// Special tokens that the parser looks for.
+    pub(super) marks: Arc<[u32]>,
+    pub(super) include_reasoning: bool,
+    /// Whether a choice goes on after its first call.
+    pub(super) parallel_tool_calls: bool,
 }
 
 impl ChoiceRules {
@@ -39,16 +52,27 @@ pub(super) struct Choice {
     stop: StopMatcher,
     num_tokens: u32,
     finished: bool,
+    parser: Option<OutputParser>,
+    parts: Parts,
+    num_calls: u32,
 }
 
 impl Choice {
     pub(super) fn new(index: u32, rules: &ChoiceRules) -> Self {
+        let mut detokenizer = Detokenizer::new(Arc::clone(&rules.table), Start::BehindPrompt, rules.special_tokens);
+        let parser = rules.answer.as_ref().and_then(|answer| OutputParser::new(&answer.parser));
+        if let (Some(answer), Some(_)) = (&rules.answer, &parser) {
+            detokenizer = detokenizer.showing(Arc::clone(&answer.marks));
+        }
         Self {
             index,
-            detokenizer: Detokenizer::new(Arc::clone(&rules.table), Start::BehindPrompt, rules.special_tokens),
+            detokenizer,
             stop: StopMatcher::new(Arc::clone(&rules.stops), rules.include_stop),
             num_tokens: 0,
             finished: false,
+            parser,
+            parts: Parts::default(),
+            num_calls: 0,
         }
     }
 
@@ -99,17 +123,70 @@ impl Choice {
         let mut text = String::new();
         let found = self.stop.push(&decoded, allowed, &mut text);
         let info = rules.info(token_id, logprobs, decoded.chars().count() as u32);
-        emit(GenerationEvent::Delta { choice_index: self.index, text, tokens: vec![info] });
-        if let Some(found) = found {
+        let is_last = found.is_some();
+        self.say(text, vec![info], is_last, rules, &mut emit);
+        if let Some(found) = found
+            && !self.finished
+        {
             let stop = rules.stops.get(found.index).map(|stop| stop.text().to_owned()).unwrap_or_default();
             self.finished = true;
             emit(GenerationEvent::ChoiceFinished { choice_index: self.index, cause: StopCause::StopString(stop) });
         }
     }
 
+    /// New text and the tokens that it came from, taken apart where that is asked for.
+    fn say(
+        &mut self,
+        text: String,
+        mut tokens: Vec<TokenInfo>,
+        is_last: bool,
+        rules: &ChoiceRules,
+        emit: &mut impl FnMut(GenerationEvent),
+    ) {
+        let choice_index = self.index;
+        let (Some(parser), Some(answer)) = (&mut self.parser, &rules.answer) else {
+            if !(text.is_empty() && tokens.is_empty()) {
+                emit(GenerationEvent::Delta { choice_index, text, tokens });
+            }
+            return;
+        };
+        parser.push(&text, &mut self.parts);
+        if is_last {
+            parser.finish(&mut self.parts);
+        }
+        for part in self.parts.drain() {
+            match part {
+                Part::Content(text) => {
+                    emit(GenerationEvent::Delta { choice_index, text, tokens: std::mem::take(&mut tokens) });
+                }
+                Part::Reasoning(text) if answer.include_reasoning => {
+                    emit(GenerationEvent::Reasoning { choice_index, text });
+                }
+                Part::Reasoning(_) => {}
+                Part::Call(ParsedCall { name, arguments }) => {
+                    let call_index = self.num_calls;
+                    self.num_calls += 1;
+                    let call = ToolCall { id: answer.parser.dialects.call_id(), name, arguments };
+                    emit(GenerationEvent::ToolCall { choice_index, call_index, call });
+                    if !answer.parallel_tool_calls {
+                        // Whatever comes behind it was not asked for.
+                        self.finished = true;
+                        break;
+                    }
+                }
+            }
+        }
+        if !tokens.is_empty() {
+            emit(GenerationEvent::Delta { choice_index, text: String::new(), tokens });
+        }
+        if self.finished {
+            emit(GenerationEvent::ChoiceFinished { choice_index, cause: StopCause::ToolCalls });
+        }
+    }
+
     /// The engine ended the choice well.
     pub(super) fn end(&mut self, reason: FinishReason, rules: &ChoiceRules, mut emit: impl FnMut(GenerationEvent)) {
-        if std::mem::replace(&mut self.finished, true) {
+        if self.finished {
             return;
         }
         let mut decoded = String::new();
@@ -118,10 +195,12 @@ impl Choice {
         if self.stop.push(&decoded, StopAllowed::Yes, &mut text).is_none() {
             self.stop.finish(&mut text);
         }
-        if !text.is_empty() {
-            emit(GenerationEvent::Delta { choice_index: self.index, text, tokens: Vec::new() });
+        self.say(text, Vec::new(), true, rules, &mut emit);
+        if std::mem::replace(&mut self.finished, true) {
+            return;
         }
         let cause = match reason {
+            FinishReason::Stop { .. } if self.num_calls > 0 => StopCause::ToolCalls,
             FinishReason::Stop { token_id } if rules.eos_token_ids.contains(&token_id) => StopCause::EndOfSequence,
             FinishReason::Stop { token_id } => StopCause::StopToken(token_id),
             _ => StopCause::Length,

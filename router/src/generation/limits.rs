@@ -23,6 +23,10 @@ pub struct Limits {
     pub sse_keepalive_seconds: u64,
     /// Messages of a conversation.
     pub max_messages: usize,
+    /// Tools that a conversation may offer.
+    pub max_tools: usize,
+    /// Documents that it may bring.
+    pub max_documents: usize,
     /// Prompts of one completions request; with `n` choices each.
     pub max_prompts: usize,
     /// Choices (`n`) of a request. Each takes one of `max_num_seqs` places.
@@ -75,6 +79,8 @@ impl Default for Limits {
             request_timeout_seconds: 0,
             sse_keepalive_seconds: 15,
             max_messages: 2048,
+            max_tools: 128,
+            max_documents: 256,
             max_prompts: 128,
             max_choices: 8,
             max_top_logprobs: 20,

@@ -14,6 +14,7 @@ use tracing::Instrument;
 
 use crate::body_budget::BodyBudget;
 use crate::detokenizer::SpecialTokenText;
+use crate::dialect::{CallRules, ParserOptions, ReasoningDialect, Thinking, enforced};
 use crate::error::ApiError;
 use crate::fim::FimTokens;
 use crate::grammar::GrammarSource;
@@ -23,10 +24,13 @@ use crate::random::{random_seed, request_id};
 use crate::served_model::ServedModel;
 use crate::worker::{TokenSource, Worker};
 
-use super::choice::{Choice, ChoiceRules};
-use super::text::{TextPool, TextWork, check_input};
+use super::choice::{AnswerRules, Choice, ChoiceRules};
+use super::text::{Encoded, TextPool, TextWork, Thought, check_input};
 use super::validate::{self, invalid};
-use super::{GenerationEvent, GenerationRequest, Input, Keep, Limits, RequestedFormat, Resume, Usage};
+use super::{
+    ChatInput, GenerationEvent, GenerationRequest, Input, Keep, Limits, RequestedFormat, Resume, Tool, ToolChoice,
+    Usage,
+};
 
 /// What a [`GenerationService`] is made of.
 pub struct ServiceParts {
@@ -106,15 +110,14 @@ impl GenerationService {
         }
 
         let created = now_seconds();
-        let grammar = match format {
-            Some(RequestedFormat { param, format }) => {
-                let source = GrammarSource::of(&format, &limits.grammar).map_err(|error| error.at(param))?;
-                Some(before(deadline, model.grammars().compile(param, &request_id, source)).await?)
-            }
-            None => None,
+        let chat = match &input {
+            Input::Chat(chat) => Some(ChatRules::of(chat)),
+            _ => None,
         };
         let (prompt, bad_words) = match input {
-            Input::TokenIds(ids) if checked.bad_words.is_empty() => (ids, Vec::new()),
+            Input::TokenIds(ids) if checked.bad_words.is_empty() => {
+                (Encoded { ids, thought: Thought::None }, Vec::new())
+            }
             input => {
                 let work = TextWork::new(model, limits, created);
                 let bad_words = std::mem::take(&mut checked.bad_words);
@@ -125,7 +128,14 @@ impl GenerationService {
                 before(deadline, encode.instrument(tracing::debug_span!("tokenize"))).await?
             }
         };
-        let prompt = self.fitted(prompt, checked.truncation)?;
+        let Encoded { ids, thought } = prompt;
+        let prompt = self.fitted(ids, checked.truncation)?;
+        let grammar = match grammar_of(model, limits, chat.as_ref(), format.as_ref(), thought)? {
+            Some((param, source)) => {
+                Some(before(deadline, model.grammars().compile(param, &request_id, source)).await?)
+            }
+            None => None,
+        };
         let max_tokens = validate::output_len(prompt.len(), &checked, model.info())?;
         if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             return Err(ApiError::DeadlineExceeded);
@@ -162,6 +172,7 @@ impl GenerationService {
             stop_token_ids: checked.stop_token_ids,
             eos_token_ids,
             special_tokens: checked.special_tokens,
+            answer: chat.map(|chat| chat.into_answer(model, thought)),
         };
         let mut events = VecDeque::new();
         let mut choices: Vec<Choice> =
@@ -188,7 +199,7 @@ impl GenerationService {
             let _entered = inflight.enter(&id)?;
             check_input(&input, model, limits)?;
             let work = TextWork::new(model, limits, now_seconds());
-            pool.run(&id, move || work.encode(input)).await
+            pool.run(&id, move || Ok(work.encode(input)?.ids)).await
         };
         let tokens = tokens.await;
         metrics.finish(tokens.as_ref().map_or_else(Outcome::from, |_| Outcome::Finished));
@@ -474,6 +485,80 @@ impl Stream for Generation {
 /// The choice of this index, and its place among the request's.
 fn choice_of(choices: &mut [Choice], index: u32) -> Option<(usize, &mut Choice)> {
     choices.iter_mut().enumerate().find(|(_, choice)| choice.index() == index)
+}
+
+/// What a chat request says of its answer, beside the conversation.
+struct ChatRules {
+    tools: Arc<[Tool]>,
+    choice: ToolChoice,
+    parallel: bool,
+    include_reasoning: bool,
+    thinks: bool,
+}
+
+impl ChatRules {
+    fn of(chat: &ChatInput) -> Self {
+        Self {
+            tools: chat.offered_tools().into(),
+            choice: chat.tool_choice.clone(),
+            parallel: chat.parallel_tool_calls,
+            include_reasoning: chat.include_reasoning,
+            thinks: chat.enable_thinking != Some(false),
+        }
+    }
+
+    fn into_answer(self, model: &ServedModel, thought: Thought) -> AnswerRules {
+        let dialects = *model.dialects();
+        AnswerRules {
+            marks: dialects.marks().into_iter().filter_map(|mark| model.table().special_id(mark)).collect(),
+            parser: ParserOptions { dialects, tools: self.tools, in_thought: thought == Thought::Open },
+            include_reasoning: self.include_reasoning,
+            parallel_tool_calls: self.parallel,
+        }
+    }
+}
+
+/// The grammar that an answer must obey, if any, and the field that asks for it.
+fn grammar_of(
+    model: &ServedModel,
+    limits: &Limits,
+    chat: Option<&ChatRules>,
+    format: Option<&RequestedFormat>,
+    thought: Thought,
+) -> Result<Option<(&'static str, GrammarSource)>, ApiError> {
+    let Some(chat) = chat else {
+        return match format {
+            Some(RequestedFormat { param, format }) => {
+                let source = GrammarSource::of(format, &limits.grammar).map_err(|error| error.at(param))?;
+                Ok(Some((param, source)))
+            }
+            None => Ok(None),
+        };
+    };
+    let must_call = matches!(chat.choice, ToolChoice::Required | ToolChoice::Named(_)) && !chat.tools.is_empty();
+    let param = match format {
+        _ if must_call => "tools",
+        Some(format) => format.param,
+        None => return Ok(None),
+    };
+    let named: Vec<Tool>;
+    let tools = match &chat.choice {
+        ToolChoice::Named(name) => {
+            named = chat.tools.iter().filter(|tool| tool.name == *name).cloned().collect();
+            &named[..]
+        }
+        _ => &chat.tools[..],
+    };
+    let calls = (!tools.is_empty()).then_some(CallRules { tools, parallel: chat.parallel });
+    // An answer that must be calls has no other form.
+    let format = format.filter(|_| !must_call).map(|requested| &requested.format);
+    let thinking = match (model.dialects().reasoning, thought) {
+        (Some(ReasoningDialect::Think), Thought::Open) => Thinking::Open,
+        (Some(ReasoningDialect::Think), Thought::None) if chat.thinks => Thinking::Optional,
+        _ => Thinking::No,
+    };
+    let source = enforced(model.dialects(), calls, format, thinking, model.table(), &limits.grammar);
+    source.map(|source| Some((param, source))).map_err(|error| error.at(param))
 }
 
 /// Awaits `work`, at most until the deadline.

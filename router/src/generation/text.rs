@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
 use crate::chat_template::{ChatTemplate, RenderOptions, TemplateError};
+use crate::dialect::{is_behind_thought, is_in_thought};
 use crate::error::ApiError;
 use crate::fim::{FimInput, FimTokens};
 use crate::random::random_u64;
@@ -13,12 +15,16 @@ use crate::served_model::ServedModel;
 use crate::tokenizer::{EncodeError, SpecialTokens, TextTokenizer};
 
 use super::validate::invalid;
-use super::{ChatInput, ChatMessage, Input, Limits};
+use super::{ChatInput, ChatMessage, Input, Limits, Tool, ToolChoice, plain};
 
 /// Who can speak in a conversation. Closed, because templates write roles between special tokens.
-const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
+const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 /// Bytes of a message's `name`.
 const MAX_NAME_BYTES: usize = 64;
+/// Bytes of the identity of a call.
+const MAX_CALL_ID_BYTES: usize = 256;
+/// Bytes of `reasoning_effort`.
+const MAX_EFFORT_BYTES: usize = 16;
 
 /// Runs text work beside the async threads: so many at once, so many waiting, and no more.
 pub(super) struct TextPool {
@@ -75,6 +81,46 @@ impl TextPool {
     }
 }
 
+/// A prompt as tokens, and how its text ends.
+pub(super) struct Encoded {
+    pub(super) ids: Vec<u32>,
+    pub(super) thought: Thought,
+}
+
+/// What a prompt says of the model's reasoning at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Thought {
+    None,
+    /// It opened a thought: the answer begins inside.
+    Open,
+    /// It closed one: the answer begins behind it.
+    Closed,
+}
+
+/// A tool in OpenAI's shape.
+fn tool_json(tool: &Tool) -> Value {
+    let mut function = serde_json::Map::new();
+    function.insert("name".to_owned(), tool.name.as_str().into());
+    if let Some(description) = &tool.description {
+        function.insert("description".to_owned(), description.as_str().into());
+    }
+    function.insert("parameters".to_owned(), tool.parameters.clone());
+    json!({"type": "function", "function": function})
+}
+
+/// Every text in a value, names of fields too, as `guarded` makes it. Values nest no deeper than bodies do.
+fn guard_json(value: Value, guarded: &impl Fn(&str) -> String) -> Value {
+    match value {
+        Value::String(text) => Value::String(guarded(&text)),
+        Value::Array(items) => items.into_iter().map(|item| guard_json(item, guarded)).collect(),
+        Value::Object(fields) => {
+            let fields = fields.into_iter().map(|(name, value)| (guarded(&name), guard_json(value, guarded)));
+            Value::Object(fields.collect())
+        }
+        other => other,
+    }
+}
+
 /// A request's text, and what is needed to turn it into tokens.
 pub(super) struct TextWork {
     tokenizer: Arc<TextTokenizer>,
@@ -100,37 +146,53 @@ impl TextWork {
     }
 
     /// The prompt's tokens.
-    pub(super) fn encode(&self, input: Input) -> Result<Vec<u32>, ApiError> {
+    pub(super) fn encode(&self, input: Input) -> Result<Encoded, ApiError> {
         match input {
-            Input::TokenIds(ids) => Ok(ids),
+            Input::TokenIds(ids) => Ok(Encoded { ids, thought: Thought::None }),
             Input::Text { text, add_special_tokens } => self
                 .tokenizer
                 .encode(&text, self.special_tokens, add_special_tokens)
+                .map(|ids| Encoded { ids, thought: Thought::None })
                 .map_err(|error| refused("prompt", error)),
             Input::Chat(chat) => self.encode_chat(chat),
             Input::Fim(fim) => match &self.fim {
-                Some(tokens) => tokens.encode(&fim, &self.tokenizer).map_err(|error| refused(fim.param, error)),
+                Some(tokens) => tokens
+                    .encode(&fim, &self.tokenizer)
+                    .map(|ids| Encoded { ids, thought: Thought::None })
+                    .map_err(|error| refused(fim.param, error)),
                 None => Err(no_fim(&fim)),
             },
         }
     }
 
-    fn encode_chat(&self, chat: ChatInput) -> Result<Vec<u32>, ApiError> {
+    fn encode_chat(&self, mut chat: ChatInput) -> Result<Encoded, ApiError> {
         let Some(template) = &self.template else {
             return Err(invalid("messages", "cannot be used: the model has no chat template"));
         };
         // Private-use characters and digits: white space rules, changes of case and JSON leave them alone.
         let mark = || format!("\u{f5f0}{:020}{:020}\u{f5f1}", random_u64(), random_u64());
         let (guard, end) = (mark(), mark());
-        let mut messages: Vec<ChatMessage> = chat
-            .messages
-            .into_iter()
-            .map(|message| ChatMessage {
-                content: self.tokenizer.guard(&message.content, &guard).into_owned(),
-                role: message.role,
-                name: message.name.map(|name| self.tokenizer.guard(&name, &guard).into_owned()),
-            })
-            .collect();
+        let guarded = |text: &str| self.tokenizer.guard(text, &guard).into_owned();
+        let mut tools: Vec<Value> =
+            chat.offered_tools().iter().map(|tool| guard_json(tool_json(tool), &guarded)).collect();
+        let mut messages = std::mem::take(&mut chat.messages);
+        if !template.mentions("tools") {
+            plain::write_out(&mut messages, std::mem::take(&mut tools));
+        }
+        for message in &mut messages {
+            message.content = guarded(&message.content);
+            message.name = message.name.take().map(|name| guarded(&name));
+            message.tool_call_id = message.tool_call_id.take().map(|id| guarded(&id));
+            message.reasoning = message.reasoning.take().map(|reasoning| guarded(&reasoning));
+            for call in &mut message.tool_calls {
+                call.id = guarded(&call.id);
+                call.name = guarded(&call.name);
+                call.arguments = match serde_json::from_str(&call.arguments) {
+                    Ok(arguments) => guard_json(arguments, &guarded).to_string(),
+                    Err(_) => guarded(&call.arguments),
+                };
+            }
+        }
         if chat.continue_final_message
             && let Some(last) = messages.last_mut()
         {
@@ -139,6 +201,9 @@ impl TextWork {
         let options = RenderOptions {
             add_generation_prompt: chat.add_generation_prompt,
             enable_thinking: chat.enable_thinking,
+            reasoning_effort: chat.reasoning_effort.map(|effort| guarded(&effort)),
+            tools,
+            documents: chat.documents.into_iter().map(|document| guard_json(document, &guarded)).collect(),
             now_seconds: self.now_seconds,
         };
         let mut text = template.render(&messages, options).map_err(|error: TemplateError| {
@@ -150,8 +215,14 @@ impl TextWork {
             })?;
             text.truncate(at);
         }
+        let thought = match () {
+            () if is_in_thought(&text) => Thought::Open,
+            () if is_behind_thought(&text) => Thought::Closed,
+            () => Thought::None,
+        };
         self.tokenizer
             .encode_guarded(&text, &guard, chat.add_special_tokens)
+            .map(|ids| Encoded { ids, thought })
             .map_err(|error| refused("messages", error))
     }
 
@@ -225,6 +296,7 @@ pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -
                         format_args!("must be one of {}", ROLES.join(", ")),
                     ));
                 }
+                check_calls(message, index)?;
                 if message.name.as_ref().is_some_and(|name| name.len() > MAX_NAME_BYTES) {
                     return Err(invalid(
                         &format!("messages[{index}].name"),
@@ -232,7 +304,78 @@ pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -
                     ));
                 }
             }
-            check_bytes(chat.messages.iter().map(|message| message.content.len()).sum())
+            check_tools(chat, limits)?;
+            let of_message = |message: &ChatMessage| {
+                let calls = message.tool_calls.iter().map(|call| call.name.len() + call.arguments.len()).sum::<usize>();
+                message.content.len() + message.reasoning.as_ref().map_or(0, String::len) + calls
+            };
+            let of_tool = |tool: &Tool| {
+                tool.name.len() + tool.description.as_ref().map_or(0, String::len) + tool.parameters.to_string().len()
+            };
+            let tools = chat.offered_tools().iter().map(of_tool).sum::<usize>();
+            let documents = chat.documents.iter().map(|document| document.to_string().len()).sum::<usize>();
+            check_bytes(chat.messages.iter().map(of_message).sum::<usize>() + tools + documents)
         }
+    }
+}
+
+/// Names of tools go into prompts and grammars, and come back to whoever calls them.
+pub(crate) fn is_tool_name(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.'))
+}
+
+fn check_calls(message: &ChatMessage, index: usize) -> Result<(), ApiError> {
+    let at = |field: &str| format!("messages[{index}].{field}");
+    if !message.tool_calls.is_empty() && message.role != "assistant" {
+        return Err(invalid(&at("tool_calls"), "can only be in a message of the assistant"));
+    }
+    if message.role == "tool" && message.tool_call_id.is_none() {
+        return Err(invalid(&at("tool_call_id"), "is needed in a message of a tool"));
+    }
+    if message.tool_call_id.as_ref().is_some_and(|id| id.len() > MAX_CALL_ID_BYTES) {
+        return Err(invalid(&at("tool_call_id"), format_args!("must have at most {MAX_CALL_ID_BYTES} bytes")));
+    }
+    for (call_index, call) in message.tool_calls.iter().enumerate() {
+        if !is_tool_name(&call.name) {
+            let field = at(&format!("tool_calls[{call_index}].function.name"));
+            return Err(invalid(&field, "must have 1 to 64 letters, digits, dots, dashes or underscores"));
+        }
+        if call.id.len() > MAX_CALL_ID_BYTES {
+            let field = at(&format!("tool_calls[{call_index}].id"));
+            return Err(invalid(&field, format_args!("must have at most {MAX_CALL_ID_BYTES} bytes")));
+        }
+    }
+    Ok(())
+}
+
+fn check_tools(chat: &ChatInput, limits: &Limits) -> Result<(), ApiError> {
+    if chat.tools.len() > limits.max_tools {
+        return Err(invalid("tools", format_args!("must have at most {} entries", limits.max_tools)));
+    }
+    if chat.documents.len() > limits.max_documents {
+        return Err(invalid("documents", format_args!("must have at most {} entries", limits.max_documents)));
+    }
+    for (index, tool) in chat.tools.iter().enumerate() {
+        if !is_tool_name(&tool.name) {
+            let field = format!("tools[{index}].function.name");
+            return Err(invalid(&field, "must have 1 to 64 letters, digits, dots, dashes or underscores"));
+        }
+        if chat.tools[..index].iter().any(|other| other.name == tool.name) {
+            return Err(invalid(&format!("tools[{index}].function.name"), "is another tool's name too"));
+        }
+        if !tool.parameters.is_object() {
+            return Err(invalid(&format!("tools[{index}].function.parameters"), "must be an object"));
+        }
+    }
+    match &chat.tool_choice {
+        ToolChoice::Required if chat.tools.is_empty() => Err(invalid("tool_choice", "needs `tools`")),
+        ToolChoice::Named(name) if chat.tools.iter().all(|tool| tool.name != *name) => {
+            Err(invalid("tool_choice", "must name one of `tools`"))
+        }
+        _ if chat.reasoning_effort.as_ref().is_some_and(|effort| effort.len() > MAX_EFFORT_BYTES) => {
+            Err(invalid("reasoning_effort", format_args!("must have at most {MAX_EFFORT_BYTES} bytes")))
+        }
+        _ => Ok(()),
     }
 }

@@ -324,9 +324,8 @@ fn a_chat_template_knows_the_special_tokens() {
     file.text(CHAT_TEMPLATE, "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}");
     let limits = Limits::default();
     let template = chat_template(&metadata(&file), &limits).expect("compiles").expect("is there");
-    let message = ChatMessage { role: "user".into(), content: "hi".into(), name: None };
-    let options =
-        crate::chat_template::RenderOptions { add_generation_prompt: true, enable_thinking: None, now_seconds: 0 };
+    let message = ChatMessage { role: "user".into(), content: "hi".into(), ..ChatMessage::default() };
+    let options = crate::chat_template::RenderOptions { add_generation_prompt: true, ..Default::default() };
     assert_eq!(template.render(&[message], options).expect("renders"), "<s>hi</s>");
     let (without, ..) = sentence_piece_file();
     assert!(chat_template(&metadata(&without), &limits).expect("fine").is_none());

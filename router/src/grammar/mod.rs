@@ -16,7 +16,7 @@ pub use compiler::{GrammarLimits, Grammars};
 pub use format::{OutputFormat, StructuralTag, TagStructure};
 pub use vocabulary::Vocabulary;
 
-pub(crate) use source::GrammarSource;
+pub(crate) use source::{ANY_TEXT, GrammarSource, lark_string};
 
 /// Why a grammar cannot be served. Names what is at fault, in few words; holds nothing of the request but names of keywords.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -17,7 +17,7 @@ pub(super) fn parse_schema(text: &str, limits: &GrammarLimits) -> Result<Value, 
 }
 
 /// Fails where a schema is too large, or holds options that are not the caller's.
-fn check_schema(schema: &Value, limits: &GrammarLimits) -> Result<(), GrammarError> {
+pub(super) fn check_schema(schema: &Value, limits: &GrammarLimits) -> Result<(), GrammarError> {
     if !schema.is_object() && !schema.is_boolean() {
         return Err(GrammarError::Invalid { why: "must be an object or a boolean".to_owned() });
     }

@@ -3,7 +3,7 @@
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde_json::{Value, json};
 
-use super::schema::parse_schema;
+use super::schema::{check_schema, parse_schema};
 use super::{GrammarError, GrammarLimits, OutputFormat, StructuralTag};
 
 /// What a grammar is compiled from. Equal sources give equal grammars.
@@ -16,7 +16,7 @@ pub(crate) enum GrammarSource {
 /// Rules can call each other in a chain as long as there are rules, and compiling recurses over it.
 const MAX_LARK_LINES: usize = 1024;
 /// Free text that ends where a structure begins.
-const ANY_TEXT: &str = "/(.|\\n)*/";
+pub(crate) const ANY_TEXT: &str = "/(.|\\n)*/";
 
 impl GrammarSource {
     /// Fails where the format is too large, or is none.
@@ -68,6 +68,23 @@ impl GrammarSource {
             }
             OutputFormat::StructuralTag(tag) => Self::Lark(structural_tag(tag, limits)?),
         })
+    }
+
+    /// The format as an item of a rule in a larger grammar.
+    pub(crate) fn item(format: &OutputFormat, limits: &GrammarLimits) -> Result<String, GrammarError> {
+        Ok(match (format, Self::of(format, limits)?) {
+            (_, Self::JsonSchema(schema)) => format!("%json {}", with_options(schema)),
+            (OutputFormat::Lark(_) | OutputFormat::StructuralTag(_), Self::Lark(text)) => {
+                format!("%lark {{\n{text}\n}}")
+            }
+            (_, Self::Lark(text)) => format!("({})", text.trim_start_matches("start: ")),
+        })
+    }
+
+    /// The JSON that a schema allows, likewise.
+    pub(crate) fn json_item(schema: &Value, limits: &GrammarLimits) -> Result<String, GrammarError> {
+        check_schema(schema, limits)?;
+        Ok(format!("%json {}", with_options(schema.clone())))
     }
 
     pub(super) fn into_grammar(self) -> TopLevelGrammar {

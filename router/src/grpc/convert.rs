@@ -17,7 +17,7 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 use crate::error::ApiError;
 use crate::generation::{
     ChatInput, ChatMessage, Generation, GenerationEvent, GenerationParams, GenerationRequest, Input, Keep,
-    RequestedFormat, Resume, StopCause, TokenInfo, TruncateTo, Truncation, Usage,
+    RequestedFormat, Resume, StopCause, TokenInfo, Tool, ToolCall, ToolChoice, TruncateTo, Truncation, Usage,
 };
 use crate::grammar::{OutputFormat, StructuralTag, TagStructure};
 use crate::metrics::Endpoint;
@@ -125,16 +125,33 @@ pub(super) fn chat_request(
         scheduling,
         resume,
         format,
+        tools,
+        tool_choice,
+        parallel_tool_calls,
+        enable_thinking,
+        reasoning_effort,
+        include_reasoning,
+        documents_json,
     } = request;
-    let messages = messages
-        .into_iter()
-        .map(|wire::ChatMessage { role, content, name }| ChatMessage { role, content, name })
-        .collect();
+    let tools: Vec<Tool> =
+        tools.into_iter().enumerate().map(|(index, wire)| tool(wire, index)).collect::<Result<_, _>>()?;
+    let documents = documents_json.iter().map(|text| {
+        let document = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text);
+        document.map(serde_json::Value::Object).map_err(|_| invalid("documents_json", "must hold JSON objects"))
+    });
+    let tool_choice = choice_of_tools(tool_choice, tools.is_empty())?;
     let chat = ChatInput {
-        messages,
+        messages: messages.into_iter().map(chat_message).collect(),
         add_generation_prompt: add_generation_prompt.unwrap_or(true),
         continue_final_message: continue_final_message.unwrap_or(false),
-        ..ChatInput::default()
+        add_special_tokens: false,
+        enable_thinking,
+        reasoning_effort,
+        include_reasoning: include_reasoning.unwrap_or(true),
+        documents: documents.collect::<Result<_, _>>()?,
+        tool_choice,
+        tools,
+        parallel_tool_calls: parallel_tool_calls.unwrap_or(true),
     };
     Ok(GenerationRequest {
         request_id,
@@ -149,6 +166,42 @@ pub(super) fn chat_request(
         },
         deadline,
     })
+}
+
+fn chat_message(message: wire::ChatMessage) -> ChatMessage {
+    let wire::ChatMessage { role, content, name, tool_calls, tool_call_id, reasoning } = message;
+    let call = |wire::ToolCall { id, name, arguments_json }| ToolCall { id, name, arguments: arguments_json };
+    ChatMessage { role, content, name, tool_calls: tool_calls.into_iter().map(call).collect(), tool_call_id, reasoning }
+}
+
+fn tool(tool: wire::Tool, index: usize) -> Result<Tool, ApiError> {
+    let wire::Tool { name, description, parameters_json } = tool;
+    let parameters = match parameters_json {
+        None => serde_json::json!({"type": "object", "properties": {}}),
+        Some(text) => serde_json::from_str(&text)
+            .map_err(|_| invalid(&format!("tools[{index}].parameters_json"), "must be a JSON object"))?,
+    };
+    Ok(Tool { name, description, parameters })
+}
+
+fn choice_of_tools(choice: Option<wire::ToolChoice>, has_none: bool) -> Result<ToolChoice, ApiError> {
+    use wire::tool_choice::{Choice, Mode};
+    Ok(match choice.and_then(|choice| choice.choice) {
+        None if has_none => ToolChoice::None,
+        None => ToolChoice::Auto,
+        Some(Choice::Name(name)) => ToolChoice::Named(name),
+        Some(Choice::Mode(mode)) => match Mode::try_from(mode) {
+            Ok(Mode::None) => ToolChoice::None,
+            Ok(Mode::Auto | Mode::Unspecified) => ToolChoice::Auto,
+            Ok(Mode::Required) => ToolChoice::Required,
+            Err(_) => return Err(invalid("tool_choice.mode", "is not known")),
+        },
+    })
+}
+
+fn call_on_wire(call: ToolCall) -> wire::ToolCall {
+    let ToolCall { id, name, arguments } = call;
+    wire::ToolCall { id, name, arguments_json: arguments }
 }
 
 fn resumed(resume: wire::Resume) -> Resume {
@@ -255,6 +308,12 @@ pub(super) fn stream_event(from: GenerationEvent, request_id: &str) -> Result<wi
             let tokens = tokens.into_iter().map(token).collect();
             Event::Delta(wire::Delta { choice_index, text, tokens })
         }
+        GenerationEvent::Reasoning { choice_index, text } => {
+            Event::Reasoning(wire::ReasoningDelta { choice_index, text })
+        }
+        GenerationEvent::ToolCall { choice_index, call_index, call } => {
+            Event::ToolCall(wire::ToolCallEvent { choice_index, call_index, call: Some(call_on_wire(call)) })
+        }
         GenerationEvent::ChoiceFinished { choice_index, cause } => {
             Event::Finished(wire::ChoiceFinished { choice_index, finish: Some(finish(cause)) })
         }
@@ -294,6 +353,10 @@ impl Collector {
                 let choice = self.choice(choice_index);
                 choice.text.push_str(&text);
                 choice.tokens.extend(tokens.into_iter().map(token));
+            }
+            GenerationEvent::Reasoning { choice_index, text } => self.choice(choice_index).reasoning.push_str(&text),
+            GenerationEvent::ToolCall { choice_index, call, .. } => {
+                self.choice(choice_index).tool_calls.push(call_on_wire(call));
             }
             GenerationEvent::ChoiceFinished { choice_index, cause } => {
                 self.choice(choice_index).finish = Some(finish(cause));
@@ -337,6 +400,7 @@ fn finish(cause: StopCause) -> wire::Finish {
         StopCause::StopToken(id) => (wire::FinishReason::StopToken, Some(Matched::StopTokenId(id))),
         StopCause::StopString(text) => (wire::FinishReason::StopString, Some(Matched::StopString(text))),
         StopCause::Length => (wire::FinishReason::Length, None),
+        StopCause::ToolCalls => (wire::FinishReason::ToolCalls, None),
     };
     wire::Finish { reason: reason.into(), matched }
 }

@@ -98,7 +98,10 @@ async fn text_of((mut generation, mut text): (Generation, String)) -> Result<(St
             GenerationEvent::ChoiceFinished { cause, .. } => end = cause,
             GenerationEvent::Done { usage } => return Ok((text, end, usage)),
             GenerationEvent::Error(error) => return Err(error),
-            GenerationEvent::PromptLogprobs { .. } => {}
+            // Of conversations, which this contract has none of.
+            GenerationEvent::PromptLogprobs { .. }
+            | GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCall { .. } => {}
         }
     }
     // A generation ends with `Done` or an error; one that just stops is a bug, and the caller is told so.
@@ -132,7 +135,10 @@ async fn responses(
         loop {
             let response = match generation.next().await? {
                 GenerationEvent::Delta { text, .. } if !text.is_empty() => form.piece(text),
-                GenerationEvent::Delta { .. } | GenerationEvent::PromptLogprobs { .. } => continue,
+                GenerationEvent::Delta { .. }
+                | GenerationEvent::PromptLogprobs { .. }
+                | GenerationEvent::Reasoning { .. }
+                | GenerationEvent::ToolCall { .. } => continue,
                 GenerationEvent::ChoiceFinished { cause, .. } => {
                     end = cause;
                     continue;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
 use crate::error::ApiError;
-use crate::generation::{Generation, GenerationEvent, NamedLogprobs, StopCause, TokenInfo, Usage};
+use crate::generation::{Generation, GenerationEvent, NamedLogprobs, StopCause, TokenInfo, ToolCall, Usage};
 
 /// JSON has no infinity; a token that cannot be chosen is this unlikely.
 const LEAST_LOGPROB: f32 = -9999.0;
@@ -167,6 +167,7 @@ impl From<StopCause> for Finish {
             StopCause::StopToken(id) => ("stop", Some(StopReason::Token(id))),
             StopCause::StopString(text) => ("stop", Some(StopReason::Text(text))),
             StopCause::Length => ("length", None),
+            StopCause::ToolCalls => ("tool_calls", None),
         };
         Self { finish_reason, stop_reason }
     }
@@ -372,7 +373,19 @@ struct ChoiceJson<'h> {
 #[derive(Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Content {
-    Message { role: &'static str, content: String, refusal: () },
+    Message {
+        role: &'static str,
+        /// Null where calls are all there is.
+        content: Option<String>,
+        refusal: (),
+        #[serde(skip_serializing_if = "Option::is_none")]
+        reasoning_content: Option<String>,
+        /// The same under the other name that clients know.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        reasoning: Option<String>,
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        tool_calls: Vec<ToolCallJson>,
+    },
     Text(String),
 }
 
@@ -383,10 +396,35 @@ pub(super) enum LogprobsJson {
     Completions(CompletionLogprobs),
 }
 
+/// A call in OpenAI's shape; in a stream it says which of the choice's calls it is.
+#[derive(Serialize)]
+pub(super) struct ToolCallJson {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<u32>,
+    id: String,
+    r#type: &'static str,
+    function: FunctionJson,
+}
+
+#[derive(Serialize)]
+struct FunctionJson {
+    name: String,
+    arguments: String,
+}
+
+impl ToolCallJson {
+    pub(super) fn new(index: Option<u32>, call: ToolCall) -> Self {
+        let ToolCall { id, name, arguments } = call;
+        Self { index, id, r#type: "function", function: FunctionJson { name, arguments } }
+    }
+}
+
 /// What has come of a choice so far.
 #[derive(Default)]
 struct Gathered {
     text: String,
+    reasoning: String,
+    tool_calls: Vec<ToolCallJson>,
     tokens: Vec<TokenInfo>,
     finish: Option<Finish>,
 }
@@ -409,6 +447,16 @@ pub(super) async fn whole(head: &Head, mut generations: Generations) -> Result<V
                         if head.wants_logprobs || head.return_token_ids {
                             choice.tokens.extend(tokens);
                         }
+                    }
+                }
+                GenerationEvent::Reasoning { choice_index, text } => {
+                    if let Some(choice) = choices.get_mut(prompt_index * num_choices + choice_index as usize) {
+                        choice.reasoning.push_str(&text);
+                    }
+                }
+                GenerationEvent::ToolCall { choice_index, call, .. } => {
+                    if let Some(choice) = choices.get_mut(prompt_index * num_choices + choice_index as usize) {
+                        choice.tool_calls.push(ToolCallJson::new(None, call));
                     }
                 }
                 GenerationEvent::ChoiceFinished { choice_index, cause } => {
@@ -460,7 +508,16 @@ pub(super) async fn whole(head: &Head, mut generations: Generations) -> Result<V
                     answer.prompt_logprobs = asked_of_prompt;
                     answer.prompt_token_ids = prompt_token_ids;
                 }
-                (Content::Message { role: "assistant", content: choice.text, refusal: () }, logprobs, None, None)
+                let reasoning = (!choice.reasoning.is_empty()).then_some(choice.reasoning);
+                let message = Content::Message {
+                    role: "assistant",
+                    content: (choice.tool_calls.is_empty() || !choice.text.is_empty()).then_some(choice.text),
+                    refusal: (),
+                    reasoning_content: reasoning.clone(),
+                    reasoning,
+                    tool_calls: choice.tool_calls,
+                };
+                (message, logprobs, None, None)
             }
             Shape::Completions => {
                 let logprobs = head.wants_logprobs.then(|| {

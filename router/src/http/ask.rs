@@ -52,7 +52,10 @@ pub(super) async fn whole(mut generation: Generation) -> Result<Whole, ApiError>
             GenerationEvent::ChoiceFinished { cause, .. } => end = cause,
             GenerationEvent::Done { usage } => return Ok(Whole { text, tokens, cause: end, usage }),
             GenerationEvent::Error(error) => return Err(error),
-            GenerationEvent::PromptLogprobs { .. } => {}
+            // Not asked for by any of these dialects.
+            GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCall { .. }
+            | GenerationEvent::PromptLogprobs { .. } => {}
         }
     }
     Err(ApiError::Cancelled)

@@ -133,7 +133,7 @@ impl PieceWriter {
         let now = Instant::now();
         let first = self.first.unwrap_or(now);
         let (stop_type, word) = match &self.cause {
-            StopCause::EndOfSequence | StopCause::StopToken(_) => ("eos", ""),
+            StopCause::EndOfSequence | StopCause::StopToken(_) | StopCause::ToolCalls => ("eos", ""),
             StopCause::StopString(text) => ("word", text.as_str()),
             StopCause::Length => ("limit", ""),
         };
@@ -171,7 +171,12 @@ impl Framing for PieceWriter {
                 }
             }
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = cause,
-            _ => {}
+            // Neither tools nor reasoning are asked for by this dialect, and ends are framed by the stream.
+            GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCall { .. }
+            | GenerationEvent::PromptLogprobs { .. }
+            | GenerationEvent::Done { .. }
+            | GenerationEvent::Error(_) => {}
         }
     }
 

@@ -67,7 +67,11 @@ fn conversation(fields: &mut Fields<'_>, limits: &Limits, ignored: &mut Ignored)
     }
     let mut messages = Vec::new();
     if let Some(raw) = fields.raw("system") {
-        messages.push(ChatMessage { role: "system".to_owned(), content: content(raw, "system", ignored)?, name: None });
+        messages.push(ChatMessage {
+            role: "system".to_owned(),
+            content: content(raw, "system", ignored)?,
+            ..ChatMessage::default()
+        });
     }
     let Some(raw) = fields.raw("messages") else { return Err(invalid("messages", "is needed")) };
     for (index, raw) in raw_list(raw, "messages", limits.max_messages)?.into_iter().enumerate() {
@@ -81,7 +85,11 @@ fn conversation(fields: &mut Fields<'_>, limits: &Limits, ignored: &mut Ignored)
         };
         let name = message.name("content");
         let Some(raw) = message.raw("content") else { return Err(invalid(&name, "is needed")) };
-        messages.push(ChatMessage { role: role.to_owned(), content: content(raw, &name, ignored)?, name: None });
+        messages.push(ChatMessage {
+            role: role.to_owned(),
+            content: content(raw, &name, ignored)?,
+            ..ChatMessage::default()
+        });
         let mut unknown = Ignored::default();
         message.without_path().note_ignored(&mut unknown);
         unknown.for_each(|name| ignored.add(&format!("messages[].{name}")));
@@ -93,6 +101,7 @@ fn conversation(fields: &mut Fields<'_>, limits: &Limits, ignored: &mut Ignored)
         add_generation_prompt: !continues,
         continue_final_message: continues,
         enable_thinking,
+        include_reasoning: false,
         ..ChatInput::default()
     };
     Ok(Conversation { model: fields.string("model")?, input })
@@ -261,6 +270,7 @@ fn stop(cause: &StopCause) -> (&'static str, Value) {
         StopCause::EndOfSequence | StopCause::StopToken(_) => ("end_turn", Value::Null),
         StopCause::StopString(text) => ("stop_sequence", json!(text)),
         StopCause::Length => ("max_tokens", Value::Null),
+        StopCause::ToolCalls => ("tool_use", Value::Null),
     }
 }
 
@@ -299,7 +309,12 @@ impl Framing for MessageStream {
                 }
             }
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = cause,
-            _ => {}
+            // Neither tools nor reasoning are asked for by this dialect, and ends are framed by the stream.
+            GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCall { .. }
+            | GenerationEvent::PromptLogprobs { .. }
+            | GenerationEvent::Done { .. }
+            | GenerationEvent::Error(_) => {}
         }
     }
 

@@ -19,6 +19,7 @@ mod responses;
 mod routes;
 mod sse;
 mod stream;
+mod tools;
 mod types;
 
 use std::panic::AssertUnwindSafe;

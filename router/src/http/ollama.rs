@@ -126,7 +126,12 @@ impl Body for ChatBody {
         };
         let mut wanted = wanted(&mut fields, limits, ignored)?;
         if !messages.is_empty() {
-            wanted.input = Some(Input::Chat(ChatInput { messages, enable_thinking, ..ChatInput::default() }));
+            wanted.input = Some(Input::Chat(ChatInput {
+                messages,
+                enable_thinking,
+                include_reasoning: false,
+                ..ChatInput::default()
+            }));
         }
         Ok(Self(wanted))
     }
@@ -145,7 +150,7 @@ fn message(raw: &RawValue, index: usize, ignored: &mut Ignored) -> Result<ChatMe
     let mut unknown = Ignored::default();
     fields.without_path().note_ignored(&mut unknown);
     unknown.for_each(|name| ignored.add(&format!("messages[].{name}")));
-    Ok(ChatMessage { role, content, name: None })
+    Ok(ChatMessage { role, content, ..ChatMessage::default() })
 }
 
 impl Body for GenerateBody {
@@ -168,13 +173,13 @@ impl Body for GenerateBody {
         } else if raw {
             Some(Input::Text { text: prompt, add_special_tokens: true })
         } else {
-            let say = |role: &str, content| ChatMessage { role: role.to_owned(), content, name: None };
+            let say = |role: &str, content| ChatMessage { role: role.to_owned(), content, ..ChatMessage::default() };
             let mut messages = Vec::new();
             if !system.is_empty() {
                 messages.push(say("system", system));
             }
             messages.push(say("user", prompt));
-            Some(Input::Chat(ChatInput { messages, enable_thinking, ..ChatInput::default() }))
+            Some(Input::Chat(ChatInput { messages, enable_thinking, include_reasoning: false, ..ChatInput::default() }))
         };
         Ok(Self(wanted))
     }
@@ -329,7 +334,12 @@ impl Framing for LineWriter {
                 }
             }
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = Some(cause),
-            _ => {}
+            // Neither tools nor reasoning are asked for by this dialect, and ends are framed by the stream.
+            GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCall { .. }
+            | GenerationEvent::PromptLogprobs { .. }
+            | GenerationEvent::Done { .. }
+            | GenerationEvent::Error(_) => {}
         }
     }
 

@@ -11,6 +11,7 @@ use crate::body_budget::BodyShare;
 use crate::error::ApiError;
 use crate::generation::{GenerationService, Limits, invalid};
 use crate::metrics::{Endpoint, RequestMetrics};
+use crate::served_model::ServedModel;
 
 use super::RequestId;
 use super::failure::Failure;
@@ -26,6 +27,9 @@ pub(super) trait Body: Sized {
 
     /// Names of fields that nobody looked at.
     fn ignored(&self) -> &Ignored;
+
+    /// Adds fields that this model does not read.
+    fn note_unread(&mut self, _model: &ServedModel) {}
 }
 
 /// A body that was understood. What it holds takes about the memory of its bytes.
@@ -47,7 +51,8 @@ pub(super) async fn receive<T: Body>(
         let limits = service.limits();
         let strict = is_strict(request.headers(), limits)?;
         let Received { body, share } = read_json_body(request, service).await?;
-        let body = T::parse(&body, limits)?;
+        let mut body = T::parse(&body, limits)?;
+        body.note_unread(service.model());
         match body.ignored().first() {
             Some(name) if strict => Err(invalid(name, "is not known, and the request is strict").into()),
             _ => Ok(Parsed { id, body, share }),

@@ -7,7 +7,9 @@ use serde::Serialize;
 use crate::error::ApiError;
 use crate::generation::{GenerationEvent, TokenInfo, Usage};
 
-use super::answer::{ChatLogprobs, CompletionLogprobs, Finish, Head, LogprobsJson, Shape, UsageJson, echoed_logprobs};
+use super::answer::{
+    ChatLogprobs, CompletionLogprobs, Finish, Head, LogprobsJson, Shape, ToolCallJson, UsageJson, echoed_logprobs,
+};
 use super::failure::{Dialect, error_json};
 use super::stream::{Framing, push_json, sse_data};
 use super::types::StreamOptions;
@@ -36,6 +38,8 @@ struct ChoiceState {
 #[derive(Default)]
 struct Piece<'p> {
     text: Option<&'p str>,
+    reasoning: Option<&'p str>,
+    tool_call: Option<ToolCallJson>,
     role: bool,
     logprobs: Option<LogprobsJson>,
     token_ids: Option<Vec<u32>>,
@@ -66,6 +70,17 @@ impl Framing for ChunkWriter {
                     ..Piece::default()
                 };
                 self.chunk(index, piece, out);
+            }
+            GenerationEvent::Reasoning { choice_index, text } => {
+                let index = self.index(prompt_index, choice_index);
+                self.start(prompt_index, index, out);
+                self.chunk(index, Piece { reasoning: Some(&text), ..Piece::default() }, out);
+            }
+            GenerationEvent::ToolCall { choice_index, call_index, call } => {
+                let index = self.index(prompt_index, choice_index);
+                self.start(prompt_index, index, out);
+                let tool_call = Some(ToolCallJson::new(Some(call_index), call));
+                self.chunk(index, Piece { tool_call, ..Piece::default() }, out);
             }
             GenerationEvent::ChoiceFinished { choice_index, cause } => {
                 let index = self.index(prompt_index, choice_index);
@@ -201,6 +216,16 @@ impl ChunkWriter {
                 if let Some(text) = piece.text {
                     out.extend_from_slice(b"\"content\":");
                     push_json(&text, out);
+                }
+                if let Some(text) = piece.reasoning {
+                    out.extend_from_slice(b"\"reasoning_content\":");
+                    push_json(&text, out);
+                    out.extend_from_slice(b",\"reasoning\":");
+                    push_json(&text, out);
+                }
+                if let Some(call) = piece.tool_call {
+                    out.extend_from_slice(b"\"tool_calls\":");
+                    push_json(&[call], out);
                 }
                 out.extend_from_slice(b"}");
             }

@@ -194,13 +194,17 @@ impl Merger {
                     emit(GenerationEvent::Delta { choice_index, text, tokens });
                 }
             }
-            GenerationEvent::ChoiceFinished { choice_index, cause } => {
-                if let Some(Held { text, tokens, .. }) = self.held.remove(&(prompt_index, choice_index))
-                    && !(text.is_empty() && tokens.is_empty())
-                {
-                    emit(GenerationEvent::Delta { choice_index, text, tokens });
+            // In order: what comes before is said before.
+            GenerationEvent::Reasoning { choice_index, .. }
+            | GenerationEvent::ToolCall { choice_index, .. }
+            | GenerationEvent::ChoiceFinished { choice_index, .. } => {
+                if let Some(held) = self.held.get_mut(&(prompt_index, choice_index)) {
+                    let (text, tokens) = (std::mem::take(&mut held.text), std::mem::take(&mut held.tokens));
+                    if !(text.is_empty() && tokens.is_empty()) {
+                        emit(GenerationEvent::Delta { choice_index, text, tokens });
+                    }
                 }
-                emit(GenerationEvent::ChoiceFinished { choice_index, cause });
+                emit(event);
             }
             other => emit(other),
         }

@@ -11,10 +11,12 @@ use crate::generation::{
     ChatInput, ChatMessage, GenerationParams, Input, Keep, Limits, TruncateTo, Truncation, invalid,
 };
 use crate::random::is_request_id;
+use crate::served_model::ServedModel;
 
 use super::fields::{Fields, Ignored, list, raw_list};
 use super::format::format;
 use super::receive::Body;
+use super::tools::{calls, tools};
 
 /// Most parts of one message.
 const MAX_PARTS: usize = 1024;
@@ -51,8 +53,7 @@ const UNSUPPORTED: [&str; 22] = [
 ];
 
 /// Fields of chat requests that are understood and not served.
-const UNSUPPORTED_IN_CHAT: [&str; 9] =
-    ["tools", "functions", "audio", "web_search_options", "prediction", "documents", "chat_template", "echo", "suffix"];
+const UNSUPPORTED_IN_CHAT: [&str; 6] = ["audio", "web_search_options", "prediction", "chat_template", "echo", "suffix"];
 
 /// How a response is sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,13 +127,26 @@ impl Body for ChatBody {
         &self.common.ignored
     }
 
+    fn note_unread(&mut self, model: &ServedModel) {
+        let Some(template) = model.chat_template() else { return };
+        let reads_thinking = template.mentions("enable_thinking") || template.mentions("thinking");
+        let reads_effort = template.mentions("reasoning_effort");
+        let is_switch = self.input.reasoning_effort.as_deref() == Some("none") && reads_thinking;
+        for (name, is_given, is_read) in [
+            ("reasoning_effort", self.input.reasoning_effort.is_some(), reads_effort || is_switch),
+            ("chat_template_kwargs.enable_thinking", self.input.enable_thinking.is_some(), reads_thinking),
+            ("documents", !self.input.documents.is_empty(), template.mentions("documents")),
+        ] {
+            if is_given && !is_read {
+                self.common.ignored.add(name);
+            }
+        }
+    }
+
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();
         fields.refuse(&UNSUPPORTED_IN_CHAT)?;
-        for field in ["tool_choice", "function_call"] {
-            fields.refuse_unless(field, |raw| raw == "\"none\"")?;
-        }
         fields.refuse_unless("modalities", |raw| raw.split_whitespace().collect::<String>() == "[\"text\"]")?;
         let mut params = params(&mut fields, limits)?;
         params.max_tokens = match fields.count("max_completion_tokens")? {
@@ -215,7 +229,7 @@ impl Body for TokenizeBody {
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();
-        fields.refuse(&["tools", "chat_template", "mm_processor_kwargs", "documents"])?;
+        fields.refuse(&["chat_template", "mm_processor_kwargs"])?;
         let prompt = fields.string("prompt")?;
         let has_messages = fields.raw("messages").is_some();
         let input = match prompt {
@@ -401,8 +415,12 @@ fn chat_input(fields: &mut Fields<'_>, limits: &Limits, ignored: &mut Ignored) -
         add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(!continue_final_message),
         continue_final_message,
         add_special_tokens: fields.bool("add_special_tokens")?.unwrap_or(false),
-        enable_thinking: None,
+        reasoning_effort: fields.string("reasoning_effort")?,
+        include_reasoning: fields.bool("include_reasoning")?.unwrap_or(true),
+        documents: fields.list("documents", limits.max_documents, "hold objects")?.unwrap_or_default(),
+        ..ChatInput::default()
     };
+    tools(fields, limits, ignored, &mut input)?;
     if let Some(raw) = fields.raw("chat_template_kwargs") {
         // A list of what may be passed on, not of what may not: a template's variables decide what it does.
         let mut kwargs = Fields::of_value(raw, "chat_template_kwargs")?;
@@ -410,11 +428,19 @@ fn chat_input(fields: &mut Fields<'_>, limits: &Limits, ignored: &mut Ignored) -
             Some(enable) => Some(enable),
             None => kwargs.bool("thinking")?,
         };
+        if let Some(effort) = kwargs.string("reasoning_effort")? {
+            input.reasoning_effort = Some(effort);
+        }
         let mut unknown = Ignored::default();
         kwargs.note_ignored(&mut unknown);
         if unknown.header().is_some() {
-            return Err(invalid("chat_template_kwargs", "may only hold `enable_thinking` or `thinking`"));
+            let must = "may only hold `enable_thinking`, `thinking` or `reasoning_effort`";
+            return Err(invalid("chat_template_kwargs", must));
         }
+    }
+    // The least effort is none, which templates have another switch for.
+    if input.reasoning_effort.as_deref() == Some("none") && input.enable_thinking.is_none() {
+        input.enable_thinking = Some(false);
     }
     Ok(input)
 }
@@ -423,14 +449,28 @@ fn message(raw: &RawValue, index: usize, ignored: &mut Ignored) -> Result<ChatMe
     let path = format!("messages[{index}]");
     let mut fields = Fields::of_value(raw, &path)?;
     let Some(role) = fields.string("role")? else { return Err(invalid(&fields.name("role"), "is needed")) };
-    fields.refuse(&["tool_calls", "function_call", "audio"])?;
+    fields.refuse(&["function_call", "audio"])?;
+    let tool_calls = calls(&mut fields)?;
     let name = fields.name("content");
     let content = match fields.raw("content") {
+        // An assistant that called tools need not have said anything.
+        None if !tool_calls.is_empty() => String::new(),
         None => return Err(invalid(&name, "is needed")),
         Some(raw) if raw.get().starts_with('[') => parts(raw, &name, ignored)?,
         Some(_) => fields.typed_content()?,
     };
-    let message = ChatMessage { role, content, name: fields.string("name")? };
+    let reasoning = match fields.string("reasoning_content")? {
+        Some(reasoning) => Some(reasoning),
+        None => fields.string("reasoning")?,
+    };
+    let message = ChatMessage {
+        role,
+        content,
+        name: fields.string("name")?,
+        tool_calls,
+        tool_call_id: fields.string("tool_call_id")?,
+        reasoning,
+    };
     let _ = fields.raw("refusal");
     // One name for all messages.
     let mut unknown = Ignored::default();

@@ -10,6 +10,7 @@ use quire_engine::testing::{FakeExecutor, Recorder, fake_model, start_with};
 use quire_engine::{EngineHandle, ModelSource, SchedulerSettings};
 use quire_proto::quire::v1::quire_client::QuireClient;
 use quire_router::body_budget::BodyBudget;
+use quire_router::dialect::{ReasoningParserChoice, ToolParserChoice};
 use quire_router::generation::{GenerationService, Limits, ServiceParts};
 use quire_router::grpc::{self, GrpcLimits};
 use quire_router::http::routes;
@@ -70,11 +71,27 @@ impl Server {
         Self::with(executor, Limits::default(), &SchedulerSettings::default())
     }
 
+    /// A model that writes calls and reasoning in this way.
+    pub(crate) fn speaking(executor: FakeExecutor, tools: ToolParserChoice, reasoning: ReasoningParserChoice) -> Self {
+        Self::of_model(executor, Limits::default(), &SchedulerSettings::default(), |model| {
+            model.speaking(tools, reasoning)
+        })
+    }
+
     pub(crate) fn with(executor: FakeExecutor, limits: Limits, settings: &SchedulerSettings) -> Self {
+        Self::of_model(executor, limits, settings, |model| model)
+    }
+
+    fn of_model(
+        executor: FakeExecutor,
+        limits: Limits,
+        settings: &SchedulerSettings,
+        change: impl FnOnce(ServedModel) -> ServedModel,
+    ) -> Self {
         let engine =
             start_with(executor, fake_model(VOCAB), settings, 0, Box::new(Recorder::default())).expect("starts");
         let source = ModelSource::Directory(DEMO.into());
-        let model = ServedModel::load(&source, "demo".to_owned(), engine.model()).expect("loads");
+        let model = change(ServedModel::load(&source, "demo".to_owned(), engine.model()).expect("loads"));
         let bodies = BodyBudget::new(limits.max_buffered_bytes);
         let service = GenerationService::new(ServiceParts {
             worker: Arc::new(LocalWorker::new(engine.clone())),

@@ -11,3 +11,4 @@ mod hostile;
 mod refusals;
 mod structured;
 mod tokens;
+mod tools;

@@ -53,8 +53,25 @@ async fn refusals_name_the_field_and_not_the_value() {
         (json!({"request_id": "a b"}), "request_id"),
         (json!({"stream": secret}), "stream"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options"),
-        (json!({"tools": [{"type": "function"}]}), "tools"),
+        (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
+        (json!({"tools": [{"type": secret}]}), "tools[0].type"),
+        (json!({"tools": [{"type": "function", "function": {"name": secret}}]}), "tools[0].function.name"),
+        (
+            json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]}),
+            "tools[0].function.parameters",
+        ),
+        (json!({"tools": vec![json!({"type": "function", "function": {"name": "f"}}); 2]}), "tools[1].function.name"),
+        (json!({"tools": vec![json!({"type": "function", "function": {"name": "f"}}); 129]}), "tools"),
+        (
+            json!({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "function", "function": {"name": "g"}}}),
+            "tool_choice",
+        ),
+        (json!({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": secret}), "tool_choice"),
         (json!({"tool_choice": "auto"}), "tool_choice"),
+        (json!({"functions": [{"name": secret}]}), "functions"),
+        (json!({"reasoning_effort": secret.repeat(9)}), "reasoning_effort"),
+        (json!({"service_tier": secret}), "service_tier"),
+        (json!({"documents": [1], "tools": secret}), "tools"),
         (json!({"response_format": {"type": secret}}), "response_format.type"),
         (json!({"structured_outputs": {"regex": format!("({secret}")}}), "structured_outputs"),
         (json!({"guided_json": {"a": 1}}), "guided_json"),
@@ -65,7 +82,15 @@ async fn refusals_name_the_field_and_not_the_value() {
         (json!({"messages": secret}), "messages"),
         (json!({"messages": [secret]}), "messages[0]"),
         (json!({"messages": [{"role": secret, "content": "x"}]}), "messages[0].role"),
-        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role"),
+        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].tool_call_id"),
+        (
+            json!({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}]}),
+            "messages[0].tool_calls",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": secret}}]}]}),
+            "messages[0].tool_calls[0].function.name",
+        ),
         (json!({"messages": [{"role": "user"}]}), "messages[0].content"),
         (json!({"messages": [{"role": "user", "content": 5}]}), "messages[0].content"),
         (
@@ -154,7 +179,17 @@ async fn unknown_fields_are_named_and_known_ones_served() {
     let ignored = answer.header("x-quire-ignored-params");
     let mut ignored: Vec<&str> = ignored.split(',').collect();
     ignored.sort_unstable();
-    assert_eq!(ignored, ["foo?bar", "messages[].content[].x", "messages[].mood", "store", "zzz"]);
+    assert_eq!(
+        ignored,
+        [
+            "chat_template_kwargs.enable_thinking",
+            "foo?bar",
+            "messages[].content[].x",
+            "messages[].mood",
+            "store",
+            "zzz"
+        ]
+    );
     let many: Value = (0..100)
         .map(|index| (format!("{}{index}", "x".repeat(200)), json!(1)))
         .collect::<serde_json::Map<_, _>>()

@@ -131,7 +131,11 @@ async fn every_complete_output_has_its_form_over_both_faces() {
                 texts.push(text);
             }
             let request = wire::ChatRequest {
-                messages: vec![wire::ChatMessage { role: "user".to_owned(), content: "Go".to_owned(), name: None }],
+                messages: vec![wire::ChatMessage {
+                    role: "user".to_owned(),
+                    content: "Go".to_owned(),
+                    ..Default::default()
+                }],
                 sampling: Some(wire::SamplingParams {
                     seed: Some(seed),
                     temperature: Some(1.0),

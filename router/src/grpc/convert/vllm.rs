@@ -227,7 +227,7 @@ impl Writer {
                 use wire::generate_complete::MatchedStop;
                 let Gathered { token_ids, logprobs } = std::mem::take(self.choice(choice_index));
                 let (finish_reason, matched_stop) = match cause {
-                    StopCause::EndOfSequence => ("stop", None),
+                    StopCause::EndOfSequence | StopCause::ToolCalls => ("stop", None),
                     StopCause::StopToken(id) => ("stop", Some(MatchedStop::MatchedTokenId(id))),
                     StopCause::StopString(text) => ("stop", Some(MatchedStop::MatchedStopStr(text))),
                     StopCause::Length => ("length", None),
@@ -244,7 +244,10 @@ impl Writer {
                     matched_stop,
                 })
             }
-            GenerationEvent::Done { .. } => return Ok(None),
+            // Of conversations, which this contract has none of.
+            GenerationEvent::Reasoning { .. } | GenerationEvent::ToolCall { .. } | GenerationEvent::Done { .. } => {
+                return Ok(None);
+            }
             GenerationEvent::Error(error) => return Err(error),
         };
         self.has_spoken = true;

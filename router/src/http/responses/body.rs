@@ -143,7 +143,7 @@ fn metadata(fields: &mut Fields<'_>) -> Result<Value, ApiError> {
 fn input(raw: &RawValue, limits: &Limits, ignored: &mut Ignored) -> Result<Vec<ChatMessage>, ApiError> {
     if raw.get().starts_with('"') {
         let content = serde_json::from_str(raw.get()).map_err(|_| invalid("input", "must be a string or a list"))?;
-        return Ok(vec![ChatMessage { role: "user".to_owned(), content, name: None }]);
+        return Ok(vec![ChatMessage { role: "user".to_owned(), content, ..ChatMessage::default() }]);
     }
     raw_list(raw, "input", limits.max_messages)?
         .into_iter()
@@ -165,7 +165,7 @@ fn input(raw: &RawValue, limits: &Limits, ignored: &mut Ignored) -> Result<Vec<C
             let mut unknown = Ignored::default();
             item.without_path().note_ignored(&mut unknown);
             unknown.for_each(|name| ignored.add(&format!("input[].{name}")));
-            Ok(ChatMessage { role, content, name: None })
+            Ok(ChatMessage { role, content, ..ChatMessage::default() })
         })
         .collect()
 }

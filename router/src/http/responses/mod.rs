@@ -62,7 +62,7 @@ pub(super) async fn create(State(responses): State<Responses>, request: Request)
     let mut messages = conversation.clone();
     if let Some(instructions) = &body.instructions {
         let content = instructions.clone();
-        messages.insert(0, ChatMessage { role: "system".to_owned(), content, name: None });
+        messages.insert(0, ChatMessage { role: "system".to_owned(), content, ..ChatMessage::default() });
     }
     let defaults = service.model().defaults();
     let mut head = Head {
@@ -86,7 +86,7 @@ pub(super) async fn create(State(responses): State<Responses>, request: Request)
         endpoint: Endpoint::Responses,
         request_id: id.clone(),
         model: body.model,
-        input: Input::Chat(ChatInput { messages, ..ChatInput::default() }),
+        input: Input::Chat(ChatInput { messages, include_reasoning: false, ..ChatInput::default() }),
         params: body.params,
     };
     let generation = ask.start(&service).await?;

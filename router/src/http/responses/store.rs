@@ -145,7 +145,7 @@ mod tests {
             store.begin(id, json!({"id": id}));
         }
         assert!(store.get("a").is_none() && store.get("b").is_some() && store.get("d").is_some());
-        let message = ChatMessage { role: "user".into(), content: "x".repeat(1 << 20), name: None };
+        let message = ChatMessage { role: "user".into(), content: "x".repeat(1 << 20), ..ChatMessage::default() };
         store.finish("d", json!({}), Some(vec![message]));
         // Alone it is over the limit.
         assert!(["b", "c", "d"].iter().all(|id| store.get(id).is_none()));

@@ -162,7 +162,11 @@ impl Slot {
         self.is_finished = true;
         let mut conversation = std::mem::take(&mut self.conversation);
         let conversation = text.map(|text| {
-            conversation.push(ChatMessage { role: "assistant".to_owned(), content: text.to_owned(), name: None });
+            conversation.push(ChatMessage {
+                role: "assistant".to_owned(),
+                content: text.to_owned(),
+                ..ChatMessage::default()
+            });
             conversation
         });
         self.store.finish(&self.id, response.clone(), conversation);
@@ -237,7 +241,12 @@ impl Framing for ResponseStream {
                 }
             }
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = cause,
-            _ => {}
+            // Neither tools nor reasoning are asked for by this dialect, and ends are framed by the stream.
+            GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCall { .. }
+            | GenerationEvent::PromptLogprobs { .. }
+            | GenerationEvent::Done { .. }
+            | GenerationEvent::Error(_) => {}
         }
     }
 

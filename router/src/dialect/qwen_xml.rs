@@ -1,0 +1,58 @@
+//! Qwen3-Coder: `<tool_call>` around `<function=name>` around `<parameter=name>`; values are text, typed by the tool's schema.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::blocks::Blocks;
+use super::hermes::{BEGIN, END};
+use super::{ParsedCall, TextParser};
+use crate::generation::Tool;
+
+pub(super) const FUNCTION: &str = "<function=";
+const FUNCTION_END: &str = "</function>";
+const PARAMETER: &str = "<parameter=";
+const PARAMETER_END: &str = "</parameter>";
+
+pub(super) fn parser(tools: Arc<[Tool]>) -> impl TextParser {
+    Blocks::new(BEGIN, END, move |block: &str| -> Option<Vec<ParsedCall>> {
+        block.split(FUNCTION).skip(1).map(|text| call(text, &tools)).collect()
+    })
+}
+
+fn call(text: &str, tools: &[Tool]) -> Option<ParsedCall> {
+    let (name, body) = text.split_once('>')?;
+    let name = name.trim();
+    // Without its end it was cut off.
+    let (body, _) = body.split_once(FUNCTION_END)?;
+    let schema = tools.iter().find(|tool| tool.name == name).map(|tool| &tool.parameters);
+    let mut arguments = Map::new();
+    for parameter in body.split(PARAMETER).skip(1) {
+        let (key, value) = parameter.split_once('>')?;
+        let (value, _) = value.split_once(PARAMETER_END)?;
+        // One line break on either side is the dialect's, not the value's.
+        let value = value.strip_prefix('\n').unwrap_or(value);
+        let value = value.strip_suffix('\n').unwrap_or(value);
+        let of_key = schema.and_then(|schema| schema.get("properties")?.get(key.trim()));
+        arguments.insert(key.trim().to_owned(), typed(value, of_key));
+    }
+    (!name.is_empty()).then(|| ParsedCall { name: name.to_owned(), arguments: Value::Object(arguments).to_string() })
+}
+
+/// Whether the schema says that a value is text.
+pub(super) fn is_text(schema: Option<&Value>) -> bool {
+    schema.and_then(|schema| schema.get("type")).and_then(Value::as_str) == Some("string")
+}
+
+/// Text stays text where the schema says so; elsewhere it is JSON where it can be read as such.
+fn typed(value: &str, schema: Option<&Value>) -> Value {
+    if is_text(schema) {
+        return Value::from(value);
+    }
+    match value.trim() {
+        "True" => Value::Bool(true),
+        "False" => Value::Bool(false),
+        "None" => Value::Null,
+        trimmed => serde_json::from_str(trimmed).unwrap_or_else(|_| Value::from(value)),
+    }
+}
