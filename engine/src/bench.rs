@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use quire_kernels::cpu::peaks;
 pub use quire_kernels::cpu::peaks::Peaks;
+use quire_kernels::cuda;
+use quire_kernels::cuda::peaks::Effort;
 use quire_kernels::{Backend, DeviceInfo};
 use quire_scheduler::{
     CacheSalt, EventKind, KvGroupKind, Request, RequestId, SamplingParams, Scheduler, SchedulerConfig, StepOutput,
@@ -42,6 +44,7 @@ pub fn machine(config: &EngineConfig) -> Result<MachinePeaks, EngineError> {
 fn peaks_of(config: &EngineConfig) -> Result<(DeviceInfo, Peaks), EngineError> {
     match executor::open_device(config)?.0 {
         Device::Cpu(backend) => Ok((backend.info(), peaks::measure(&backend)?)),
+        Device::Cuda(mut backend) => Ok((backend.info(), cuda::peaks::measure(&mut backend, Effort::FULL)?)),
     }
 }
 
@@ -104,12 +107,27 @@ impl ModelBench {
         match device {
             Device::Cpu(backend) => {
                 let peaks = peaks::measure(&backend)?;
-                let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, note)?;
-                let work = executor.work();
-                let executor = Box::new(executor);
-                Ok(Self { executor, info, peaks, kv_plan, settings: settings.clone(), work, num_requests: 0 })
+                Self::load_on(*backend, peaks, source, engine, settings, note)
+            }
+            Device::Cuda(mut backend) => {
+                let peaks = cuda::peaks::measure(&mut backend, Effort::FULL)?;
+                Self::load_on(*backend, peaks, source, engine, settings, note)
             }
         }
+    }
+
+    fn load_on<B: Backend>(
+        backend: B,
+        peaks: Peaks,
+        source: &ModelSource,
+        engine: &EngineConfig,
+        settings: &SchedulerSettings,
+        note: Option<String>,
+    ) -> Result<Self, EngineError> {
+        let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, note)?;
+        let work = executor.work();
+        let executor = Box::new(executor);
+        Ok(Self { executor, info, peaks, kv_plan, settings: settings.clone(), work, num_requests: 0 })
     }
 
     /// The model as it is served.

@@ -2,15 +2,42 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Where a model computes.
+/// Where a model computes. Written as `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String", into = "String")]
 pub enum DeviceChoice {
-    /// CUDA where a usable card is found, the CPU otherwise.
+    /// The first card of CUDA where there is one that can be used, the CPU otherwise.
     #[default]
     Auto,
     Cpu,
-    Cuda,
+    /// The card of this number, counted as the driver does; `cuda` is `cuda:0`.
+    Cuda(u32),
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            other => match other.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(ordinal)) => Ok(Self::Cuda(ordinal)),
+                _ => Err(format!("unknown device `{other}`, expected `auto`, `cpu`, `cuda` or `cuda:N`")),
+            },
+        }
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(choice: DeviceChoice) -> Self {
+        match choice {
+            DeviceChoice::Auto => "auto".to_owned(),
+            DeviceChoice::Cpu => "cpu".to_owned(),
+            DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
+        }
+    }
 }
 
 /// What weights are stored as.
@@ -74,8 +101,14 @@ pub enum PolicyChoice {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineConfig {
-    /// `auto` takes CUDA where a usable card is found.
+    /// `auto` takes the first CUDA card where one can be used, `cuda:N` a certain one.
     pub device: DeviceChoice,
+    /// Of a card: how much of its memory may be taken, from 0 to 1, for weights, cache and all else. What weights and working
+    /// memory leave of it is the KV cache's. Lower it where other programs use the card.
+    pub memory_share: f64,
+    /// Where device code is kept that the driver assembled for a card, so that only the first start waits for it. Empty is
+    /// `~/.cache/quire/cuda`.
+    pub module_cache: String,
     /// `auto` keeps what the files have; `bf16` halves memory and doubles the pace of f32.
     pub dtype: DTypeChoice,
     /// `int8` and `int4` shrink weights to a half and a third when they are loaded, at some cost in quality.
@@ -87,11 +120,11 @@ pub struct EngineConfig {
     pub load_format: LoadFormat,
     /// Threads that compute; 0 is one per core. The engine's own thread is one of them.
     pub num_threads: usize,
-    /// Bytes for the KV cache; 0 takes as much as the weights do, at least 64 MiB and one sequence of `max_model_len`,
+    /// Bytes for the KV cache; 0 takes on a card what is left of `memory_share`, and on a CPU as much as the weights do, at least 64 MiB and one sequence of `max_model_len`,
     /// bounded by 60 % of the free memory and by what `max_num_seqs` sequences could use. All of it is resident before
     /// the model is ready: more serves more and longer requests at a time.
     pub kv_cache_memory: u64,
-    /// 1 plans the next step while one is computing; 0 plans after it. Worth it where the device is not this CPU.
+    /// 1 plans the next step while one is computing; 0 plans after it, on a CPU: a card is always planned ahead for.
     pub pipeline_depth: u32,
     /// Threads that compute which tokens a grammar allows, while the device computes the step; 0 is half of the cores, at
     /// most 4. More help where many requests have grammars and the device is not this CPU.
@@ -102,6 +135,8 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             device: DeviceChoice::Auto,
+            memory_share: 0.9,
+            module_cache: String::new(),
             dtype: DTypeChoice::Auto,
             quantize: QuantizeChoice::None,
             kv_dtype: KvDTypeChoice::Auto,
@@ -148,6 +183,30 @@ impl Default for SchedulerSettings {
             max_waiting_tokens: 0,
             max_waiting_seconds: 60,
             policy: PolicyChoice::Priority,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_written_as_they_are_read() {
+        let read = |text: &str| DeviceChoice::try_from(text.to_owned());
+        for (text, choice) in [
+            ("auto", DeviceChoice::Auto),
+            ("cpu", DeviceChoice::Cpu),
+            ("cuda:0", DeviceChoice::Cuda(0)),
+            ("cuda:11", DeviceChoice::Cuda(11)),
+        ] {
+            assert_eq!(read(text), Ok(choice));
+            assert_eq!(String::from(choice), text);
+        }
+        assert_eq!(read("cuda"), Ok(DeviceChoice::Cuda(0)));
+        for text in ["tpu", "cuda:", "cuda:-1", "cuda:a", "CPU", "", "cuda:99999999999"] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains("cuda:N") && error.contains(text), "{error}");
         }
     }
 }

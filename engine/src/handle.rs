@@ -85,6 +85,8 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Bytes of the whole KV cache.
     pub kv_cache_bytes: u64,
+    /// Of a device with memory of its own.
+    pub device_memory: Option<DeviceMemoryUse>,
     /// What most weights are stored as: `f32`, `bf16`, `int8`, `int4`.
     pub weight_format: &'static str,
     /// What weights that are not quantized are stored as.
@@ -105,6 +107,16 @@ pub struct ModelInfo {
     pub max_num_batched_tokens: u32,
     /// Whether blocks of equal prefixes are reused.
     pub prefix_cache: bool,
+}
+
+/// Where a device's own memory went, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemoryUse {
+    pub total: u64,
+    /// Activations, tables, the sampler, and what operations need beside.
+    pub working: u64,
+    /// That may still be taken: recordings of steps take some.
+    pub left: u64,
 }
 
 /// What the step clock says.

@@ -23,6 +23,8 @@ pub(crate) enum Budget {
     /// As much as the weights take, or one sequence of the longest length where that is more; within a share of what is
     /// free, and no more than the configured sequences can use.
     Default { free: u64, weights: u64 },
+    /// So many bytes, or what the configured sequences can use where that is less.
+    UpTo(u64),
 }
 
 /// The cache as it will be allocated.
@@ -78,12 +80,13 @@ impl KvPlan {
             };
             kinds.iter().map(|kind| sizes.min_num_blocks(*kind)).max().expect("a model has layers")
         };
+        let useful = u64::from(settings.max_num_seqs) * u64::from(blocks_for(wanted));
         let (bytes, most_blocks) = match budget {
             Budget::Exact(bytes) => (bytes, u64::MAX),
+            Budget::UpTo(bytes) => (bytes, useful),
             Budget::Default { free, weights } => {
                 let longest = u64::from(blocks_for(wanted));
                 let plenty = weights.max(MIN_DEFAULT_BYTES).max(longest.saturating_mul(block_bytes));
-                let useful = u64::from(settings.max_num_seqs) * longest;
                 (plenty.min(free / 100 * FREE_MEMORY_PERCENT), useful)
             }
         };

@@ -40,7 +40,9 @@ pub use config::{
 pub use constraint::{Grammar, NotAllowed, TokenConstraint};
 pub use error::{EngineError, SubmitError};
 pub use executor::Executor;
-pub use handle::{EngineHandle, EngineHealth, MAX_LOGPROBS, ModelInfo, Submission, TokenEvent, TokenStream};
+pub use handle::{
+    DeviceMemoryUse, EngineHandle, EngineHealth, MAX_LOGPROBS, ModelInfo, Submission, TokenEvent, TokenStream,
+};
 pub use observer::{StepObserver, StepReport};
 pub use quire_kernels::DeviceInfo;
 pub use quire_scheduler as scheduler;
@@ -64,7 +66,8 @@ pub fn start(
     step_loop::check_depth(engine.pipeline_depth)?;
     let (device, note) = executor::open_device(engine)?;
     match device {
-        Device::Cpu(backend) => start_on(backend, source, engine, scheduler, observer, note),
+        Device::Cpu(backend) => start_on(*backend, source, engine, scheduler, observer, note),
+        Device::Cuda(backend) => start_on(*backend, source, engine, scheduler, observer, note),
     }
 }
 
@@ -76,9 +79,10 @@ fn start_on<B: Backend>(
     observer: Box<dyn StepObserver>,
     device_note: Option<String>,
 ) -> Result<EngineHandle, EngineError> {
+    let pipeline_depth = if backend.computes_beside_the_host() { 1 } else { engine.pipeline_depth };
     let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, device_note)?;
     let scheduler = Scheduler::new(scheduler_config(info.max_model_len, settings, kv_plan.groups))?;
-    step_loop::spawn(executor, scheduler, info, engine.pipeline_depth, observer)
+    step_loop::spawn(executor, scheduler, info, pipeline_depth, observer)
 }
 
 /// The scheduler's budgets, where settings that are 0 follow from the model.

@@ -5,6 +5,7 @@
 //! tokens itself. So a step can be launched that continues from a token nobody has read yet.
 
 mod decode_graphs;
+mod device_memory;
 mod device_model;
 mod masked;
 mod scores;
@@ -17,7 +18,7 @@ use quire_kernels::ops::sample::NON_FINITE;
 use quire_kernels::{Backend, DType, KernelError, StepLimits};
 use quire_scheduler::{Admission, RowId, SequenceOutput, StepOutput, StepPlan};
 
-use crate::config::{DTypeChoice, EngineConfig, KvDTypeChoice, SchedulerSettings};
+use crate::config::{DTypeChoice, EngineConfig, KvDTypeChoice, LoadFormat, SchedulerSettings};
 use crate::constraint::Grammar;
 use crate::error::EngineError;
 use crate::executor::Executor;
@@ -110,20 +111,28 @@ impl<B: Backend> ModelExecutor<B> {
         crate::scheduler_config(plan.max_model_len, settings, plan.groups).validate()?;
         let windows = plan.windows;
         let max_num_tokens = settings.max_num_batched_tokens as usize;
-        let decoder = Decoder::load(&mut backend, config, &weights, choice, max_num_tokens, &windows)?;
+        let before = backend.memory()?;
+        if engine.load_format == LoadFormat::Dummy || weights.dtype_of(EMBEDDING).is_some() {
+            device_memory::check_weights(&mut backend, &config, choice)?;
+        }
+        let decoder = Decoder::load(&mut backend, config, &weights, choice, max_num_tokens, &windows)
+            .map_err(|error| device_memory::explain(&mut backend, before, error))?;
         let digest = weights.digest();
         drop(weights);
         let free = memory::free_memory();
         let weights = decoder.size().weight_bytes;
-        let budget = exact.unwrap_or(Budget::Default { free, weights });
-        let config = decoder.config();
-        let kv_plan = KvPlan::new(config, kv_dtype, settings, budget)?;
-        if kv_plan.total_bytes() > free {
-            return Err(EngineError::Config {
-                field: "engine.kv_cache_memory".to_owned(),
-                why: format!("a cache of {} bytes does not fit, {free} bytes are free", kv_plan.total_bytes()),
-            });
-        }
+        let left = device_memory::left_for_cache(&mut backend)?;
+        let budget = match (exact, left) {
+            (Some(exact), _) => exact,
+            (None, Some(left)) => Budget::UpTo(left),
+            (None, None) => Budget::Default { free, weights },
+        };
+        let config = decoder.config().clone();
+        // Tables are made for the lengths that this allows; a device's cache then gets what they leave.
+        let mut kv_plan = KvPlan::new(&config, kv_dtype, settings, budget).map_err(|error| match (exact, left) {
+            (None, Some(left)) => device_memory::explain_cache(before, left, error),
+            _ => error,
+        })?;
         let vocab_size = config.vocab_size;
         let shape = TableShape {
             max_num_seqs: settings.max_num_seqs as usize,
@@ -139,16 +148,47 @@ impl<B: Backend> ModelExecutor<B> {
                 why: format!("{} sequences of {} tokens are too many", shape.max_num_seqs, shape.max_model_len),
             });
         }
+        let limits = StepLimits {
+            num_tokens: shape.max_num_batched_tokens,
+            num_seqs: shape.max_num_seqs,
+            context_len: shape.max_model_len,
+            shape: config.attention_shape(),
+        };
+        let size = decoder.size();
+        let masks = Masks::new(shape.max_num_seqs, vocab_size, engine.mask_threads)?;
+        let take = || -> Result<_, EngineError> {
+            let mut model = DeviceModel::alloc(&mut backend, decoder, shape)?;
+            backend.reserve(&limits)?;
+            let spare = (0..MAX_IN_FLIGHT).map(|_| InFlight::new(&mut backend, &shape)).collect::<Result<_, _>>()?;
+            let left = device_memory::left_for_cache(&mut backend)?;
+            if let (None, Some(left)) = (exact, left) {
+                kv_plan = KvPlan::new(&config, kv_dtype, settings, Budget::UpTo(left))
+                    .map_err(|error| device_memory::explain_cache(before, left, error))?;
+            }
+            let free = left.unwrap_or(free);
+            if kv_plan.total_bytes() > free {
+                return Err(EngineError::Config {
+                    field: "engine.kv_cache_memory".to_owned(),
+                    why: format!("a cache of {} bytes does not fit, {free} bytes are free", kv_plan.total_bytes()),
+                });
+            }
+            model.alloc_kv(&mut backend, &kv_plan)?;
+            Ok((model, spare))
+        };
+        let taken = take();
+        let (model, spare) = taken.map_err(|error| device_memory::explain(&mut backend, before, error))?;
+        let device_memory = device_memory::use_of(&mut backend, before, size.weight_bytes, kv_plan.total_bytes())?;
         let info = ModelInfo {
             architecture: config.architecture.to_owned(),
             vocab_size: vocab_size as u32,
             max_model_len: kv_plan.max_model_len,
             digest,
             eos_token_ids,
-            num_parameters: decoder.size().num_parameters,
-            weight_bytes: decoder.size().weight_bytes,
+            num_parameters: size.num_parameters,
+            weight_bytes: size.weight_bytes,
             kv_cache_bytes: kv_plan.total_bytes(),
-            weight_format: decoder.size().format,
+            device_memory,
+            weight_format: size.format,
             dtype: dtype.name(),
             kv_dtype: kv_dtype.name(),
             device: backend.info(),
@@ -159,16 +199,6 @@ impl<B: Backend> ModelExecutor<B> {
             max_num_batched_tokens: settings.max_num_batched_tokens,
             prefix_cache: settings.prefix_cache,
         };
-        let limits = StepLimits {
-            num_tokens: shape.max_num_batched_tokens,
-            num_seqs: shape.max_num_seqs,
-            context_len: shape.max_model_len,
-            shape: config.attention_shape(),
-        };
-        let model = DeviceModel::alloc(&mut backend, decoder, &kv_plan, shape)?;
-        backend.reserve(&limits)?;
-        let masks = Masks::new(shape.max_num_seqs, vocab_size, engine.mask_threads)?;
-        let spare = (0..MAX_IN_FLIGHT).map(|_| InFlight::new(&mut backend, &shape)).collect::<Result<_, _>>()?;
         let executor = Self {
             backend,
             model,

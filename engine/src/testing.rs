@@ -25,7 +25,7 @@ use crate::model_executor::ModelExecutor;
 use crate::observer::{StepObserver, StepReport};
 use crate::source::{EmbeddedModel, ModelSource};
 use crate::weights::nearly_normal;
-use crate::{scheduler_config, start_on, step_loop};
+use crate::{scheduler_config, step_loop};
 
 /// Called with each plan before it is computed; an error is a device that failed.
 type OnStep = Box<dyn FnMut(&StepPlan) -> Result<(), EngineError> + Send>;
@@ -411,6 +411,7 @@ pub fn fake_model(vocab_size: u32) -> ModelInfo {
         num_parameters: 0,
         weight_bytes: 0,
         kv_cache_bytes: 0,
+        device_memory: None,
         weight_format: "f32",
         dtype: "f32",
         kv_dtype: "f32",
@@ -422,6 +423,17 @@ pub fn fake_model(vocab_size: u32) -> ModelInfo {
         max_num_batched_tokens: SchedulerSettings::default().max_num_batched_tokens,
         prefix_cache: true,
     }
+}
+
+/// Loads a model on any backend, as [`crate::start`] does on the one that it chooses.
+pub fn start_on<B: Backend>(
+    backend: B,
+    source: &ModelSource,
+    engine: &EngineConfig,
+    settings: &SchedulerSettings,
+    observer: Box<dyn StepObserver>,
+) -> Result<EngineHandle, EngineError> {
+    crate::start_on(backend, source, engine, settings, observer, None)
 }
 
 /// Starts an engine over any executor: lengths and blocks are those of `model`, budgets those of `settings`.
@@ -452,7 +464,7 @@ pub fn start_on_cpu(
     settings: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
-    start_on(cpu(isa, engine)?, source, engine, settings, observer, None)
+    start_on(cpu(isa, engine)?, source, engine, settings, observer)
 }
 
 fn cpu(isa: Isa, engine: &EngineConfig) -> Result<CpuBackend, EngineError> {

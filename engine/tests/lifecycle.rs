@@ -277,7 +277,7 @@ fn what_cannot_work_is_named_before_it_is_tried() {
         let error = load(&source, engine, settings).err().unwrap();
         assert!(error.contains(part), "{error}");
     };
-    let cuda = EngineConfig { device: DeviceChoice::Cuda, ..config.clone() };
+    let cuda = EngineConfig { device: DeviceChoice::Cuda(1000), ..config.clone() };
     refused(&cuda, &settings(), "engine.device");
     refused(&EngineConfig { kv_cache_memory: 100, ..config.clone() }, &settings(), "one sequence");
     refused(&EngineConfig { pipeline_depth: 2, ..config.clone() }, &settings(), "pipeline_depth");

@@ -18,7 +18,7 @@
         name: "linear",
         arch: Arch::Sm80,
         text: include_bytes!("linear.sm_80.ptx"),
-        sha256: "e0e31a875250d6285da639cf10e32bd489ddcba5d07e9181d942bceda53fc8d3",
+        sha256: "25b81a4d2105db5d05a72f4bda4424cb4d36a78234681e181538530b9a66810e",
         source_sha256: "b493bc272394822d5540275ee95366ceaa41e9af3f6df4ab08410e9bb1a2a35d",
     },
     PtxModule {
@@ -32,8 +32,15 @@
         name: "paged_attention",
         arch: Arch::Sm80,
         text: include_bytes!("paged_attention.sm_80.ptx"),
-        sha256: "796d4f5cc619cfb7bcd5fd16f3f63f574398e5d69f0f7a8bc230edb2b4432079",
+        sha256: "aa4ece9a68f66e3712e1c7fed1b8c2f29c2a30372ea56635c0ce527864644315",
         source_sha256: "61f69c88dc3e92a216115a5f96533574986e8b554a4cfb0ebc0bf39d7da9318a",
+    },
+    PtxModule {
+        name: "peaks",
+        arch: Arch::Sm80,
+        text: include_bytes!("peaks.sm_80.ptx"),
+        sha256: "2a2f644908324b05ed6f319b53d9f55e56b9dc2b9bb1a45422c3384c0deffed4",
+        source_sha256: "3ab6c099e1f99f69c6252b2a4ad5bf1e21230edf8cd27e0e91b5568e25a5aea0",
     },
     PtxModule {
         name: "rms_norm",

@@ -99,6 +99,15 @@ pub struct StepLimits {
     pub shape: AttentionShape,
 }
 
+/// Memory of a device that is not the host's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// All of it.
+    pub total_bytes: u64,
+    /// What may still be taken: what is free, within what this process was allowed to take.
+    pub available_bytes: u64,
+}
+
 /// A device: buffers, copies, and one method per operation. Models are generic over it and never ask which it is.
 ///
 /// * Activations are `F32` buffers; weights are packed at load into whatever the device multiplies fastest.
@@ -164,6 +173,10 @@ pub trait Backend: Send + Sized + 'static {
     /// Takes the working memory of steps of at most this size, once all weights are packed. Without it operations take what
     /// they need when they first need it.
     fn reserve(&mut self, limits: &StepLimits) -> Result<(), KernelError>;
+    /// Memory that the device has of its own. `None` where it computes in the host's.
+    fn memory(&mut self) -> Result<Option<DeviceMemory>, KernelError>;
+    /// Whether planning a step while another is computed takes nothing from the device.
+    fn computes_beside_the_host(&self) -> bool;
     /// Rows of logits that are worth computing at a time.
     fn logits_tile(&self) -> usize;
 

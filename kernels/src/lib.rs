@@ -11,7 +11,7 @@ pub mod tensor_format;
 pub mod testing;
 pub mod weight_format;
 
-pub use backend::{Backend, DType, DeviceInfo, HostTensor, StepLimits, WeightLayout, WeightSource};
+pub use backend::{Backend, DType, DeviceInfo, DeviceMemory, HostTensor, StepLimits, WeightLayout, WeightSource};
 pub use error::KernelError;
 pub use kv_layout::KvLayout;
 pub use tensor_format::{GroupScale, TensorFormat};

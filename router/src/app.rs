@@ -222,7 +222,7 @@ fn load(
             tracing::debug!(seconds = start.elapsed().as_secs_f64(), "read the tokenizer");
             text
         });
-        let engine = quire_engine::start(&source, &config.engine, &config.scheduler, observer);
+        let engine = quire_engine::start(&source, &config.engine_for(environment), &config.scheduler, observer);
         tracing::debug!(seconds = start.elapsed().as_secs_f64(), "loaded the weights and took all memory");
         (engine, text.join())
     });
@@ -294,6 +294,16 @@ fn say_what_is_served(source: &ModelSource, name: &str, info: &ModelInfo, elapse
         info.block_size,
         if info.prefix_cache { "on" } else { "off" }
     );
+    if let Some(memory) = info.device_memory {
+        tracing::info!(
+            "device memory of {:.1} MiB: weights {:.1}, KV cache {:.1}, working memory {:.1}, left {:.1}",
+            mebibytes(memory.total),
+            mebibytes(info.weight_bytes),
+            mebibytes(info.kv_cache_bytes),
+            mebibytes(memory.working),
+            mebibytes(memory.left)
+        );
+    }
     tracing::info!(
         "up to {} tokens a request, {} sequences and {} tokens a step",
         info.max_model_len,

@@ -33,6 +33,19 @@ pub struct Config {
     pub hub: HubConfig,
 }
 
+impl Config {
+    /// The engine's settings, with folders that follow from the environment filled in.
+    pub fn engine_for(&self, environment: &Environment) -> EngineConfig {
+        let mut engine = self.engine.clone();
+        if engine.module_cache.is_empty()
+            && let Some(home) = &environment.home
+        {
+            engine.module_cache = home.join(".cache").join("quire").join("cuda").to_string_lossy().into_owned();
+        }
+        engine
+    }
+}
+
 /// Listeners, and how the process lives and dies.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -14,6 +14,7 @@ fn model() -> ModelInfo {
         num_parameters: 1,
         weight_bytes: 1,
         kv_cache_bytes: 1,
+        device_memory: None,
         weight_format: "f32",
         dtype: "f32",
         kv_dtype: "int8",

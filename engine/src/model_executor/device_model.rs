@@ -22,22 +22,22 @@ pub(super) struct DeviceModel<B: Backend> {
 }
 
 impl<B: Backend> DeviceModel<B> {
-    /// Takes cache, sampler and tables for a loaded model.
-    pub(super) fn alloc(
-        backend: &mut B,
-        decoder: Decoder<B>,
-        kv_plan: &KvPlan,
-        shape: TableShape,
-    ) -> Result<Self, KernelError> {
+    /// Takes the sampler and the tables of a loaded model; its cache is [`Self::alloc_kv`]'s.
+    pub(super) fn alloc(backend: &mut B, decoder: Decoder<B>, shape: TableShape) -> Result<Self, KernelError> {
         let vocab_size = decoder.config().vocab_size;
-        let kv = kv_plan.layouts.iter().map(|layout| backend.alloc_kv(layout)).collect::<Result<_, _>>()?;
         let sampler = backend.alloc_sampler(&SamplerShape {
             max_num_seqs: shape.max_num_seqs,
             max_model_len: shape.max_model_len,
             vocab_size,
         })?;
         let tables = DeviceTables::alloc(backend, &shape)?;
-        Ok(Self { decoder, kv, sampler, tables, shape, vocab_size })
+        Ok(Self { decoder, kv: Vec::new(), sampler, tables, shape, vocab_size })
+    }
+
+    /// Takes the cache, which every step needs.
+    pub(super) fn alloc_kv(&mut self, backend: &mut B, kv_plan: &KvPlan) -> Result<(), KernelError> {
+        self.kv = kv_plan.layouts.iter().map(|layout| backend.alloc_kv(layout)).collect::<Result<_, _>>()?;
+        Ok(())
     }
 
     /// Runs the layers over the arrays that were uploaded.

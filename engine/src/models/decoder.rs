@@ -68,6 +68,17 @@ pub(crate) struct WeightChoice {
     pub quantize: QuantizeChoice,
 }
 
+impl WeightChoice {
+    /// What weights become that are numbers in their files.
+    const fn format_of_numbers(self, role: Role, in_features: usize) -> WeightFormat {
+        match (self.quantize, role) {
+            (QuantizeChoice::None, _) => WeightFormat::dense(self.dtype),
+            (QuantizeChoice::Int4, Role::Projection) => WeightFormat::int4(),
+            (QuantizeChoice::Int4, Role::Vocabulary) | (QuantizeChoice::Int8, _) => WeightFormat::int8(in_features),
+        }
+    }
+}
+
 /// What a weight is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
@@ -141,6 +152,23 @@ impl<B: Backend> Decoder<B> {
         weights.refuse_unread(if config.tie_word_embeddings { &[(LM_HEAD, EMBEDDING)] } else { &[] })?;
         let buffers = Buffers::alloc(backend, &config, max_num_tokens)?;
         Ok(Self { config, embedding, lm_head, layers, final_norm, buffers, size })
+    }
+
+    /// Bytes on the device of all matrices of a model whose files hold numbers.
+    pub(crate) fn expected_weight_bytes(backend: &B, config: &ModelConfig, choice: WeightChoice) -> u64 {
+        let shape = config.attention_shape();
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let bytes = |out_features, in_features, layout, role| {
+            let format = choice.format_of_numbers(role, in_features);
+            backend.weight_bytes(&WeightShape { out_features, in_features, layout, format }) as u64
+        };
+        let vocabulary = bytes(config.vocab_size, hidden, WeightLayout::Stacked, Role::Vocabulary);
+        let layer = bytes(shape.qkv_len(), hidden, WeightLayout::Stacked, Role::Projection)
+            + bytes(hidden, shape.q_len(), WeightLayout::Stacked, Role::Projection)
+            + bytes(2 * intermediate, hidden, WeightLayout::GateUp, Role::Projection)
+            + bytes(hidden, intermediate, WeightLayout::Stacked, Role::Projection);
+        let num_vocabularies = if config.tie_word_embeddings { 1 } else { 2 };
+        num_vocabularies * vocabulary + config.num_layers as u64 * layer
     }
 
     pub(crate) fn config(&self) -> &ModelConfig {
@@ -370,11 +398,8 @@ impl<B: Backend> Loader<'_, B> {
             .map(|(name, out_features)| self.weights.matrix(name, *out_features, in_features))
             .collect::<Result<_, _>>()?;
         let parts: Vec<_> = tensors.iter().map(Tensor::host).collect();
-        let format = WeightFormat::of_blocks(&parts).unwrap_or(match (self.choice.quantize, role) {
-            (QuantizeChoice::None, _) => WeightFormat::dense(self.choice.dtype),
-            (QuantizeChoice::Int4, Role::Projection) => WeightFormat::int4(),
-            (QuantizeChoice::Int4, Role::Vocabulary) | (QuantizeChoice::Int8, _) => WeightFormat::int8(in_features),
-        });
+        let format =
+            WeightFormat::of_blocks(&parts).unwrap_or_else(|| self.choice.format_of_numbers(role, in_features));
         let source = WeightSource { parts, layout, format };
         let shape = WeightShape::of(&source)?;
         let num_parameters = (shape.out_features * in_features) as u64;

@@ -28,7 +28,7 @@ use crate::ops::{
     rope_table::{self, RopeTable},
     sample::{self, Sample, SamplerRow, SamplerShape},
 };
-use crate::{DType, DeviceInfo, KernelError, KvLayout, StepLimits, WeightSource};
+use crate::{DType, DeviceInfo, DeviceMemory, KernelError, KvLayout, StepLimits, WeightSource};
 
 /// How to use the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +166,14 @@ impl Backend for CpuBackend {
     /// The threads have what they need.
     fn reserve(&mut self, _limits: &StepLimits) -> Result<(), KernelError> {
         Ok(())
+    }
+
+    fn memory(&mut self) -> Result<Option<DeviceMemory>, KernelError> {
+        Ok(None)
+    }
+
+    fn computes_beside_the_host(&self) -> bool {
+        false
     }
 
     fn logits_tile(&self) -> usize {

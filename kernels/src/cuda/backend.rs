@@ -16,13 +16,15 @@ use crate::ops::{
     rope_table::{self, RopeTable},
     sample::{self, Sample, SamplerRow, SamplerShape},
 };
-use crate::{Backend, DType, DeviceInfo, KernelError, KvLayout, StepLimits, WeightSource};
+use crate::{Backend, DType, DeviceInfo, DeviceMemory, KernelError, KvLayout, StepLimits, WeightSource};
 
 /// [`Backend`] over a CUDA device. What launchers work with: the device, records of what kernels found wrong, and working
 /// memory of those operations that need some.
 pub struct CudaBackend<D: Device> {
     pub(crate) device: D,
     faults: DevicePtr,
+    /// Of what is free: bytes that are left to others.
+    spared_bytes: u64,
     pub(crate) rope_frequencies: rope_table::cuda::Kept,
     pub(crate) linear_workspace: linear::cuda::Workspace,
     pub(crate) attention_workspace: paged_attention::cuda::Workspace,
@@ -36,10 +38,23 @@ impl<D: Device> CudaBackend<D> {
         Ok(Self {
             device,
             faults,
+            spared_bytes: 0,
             rope_frequencies,
             linear_workspace: linear::cuda::Workspace::default(),
             attention_workspace: paged_attention::cuda::Workspace::default(),
         })
+    }
+
+    /// Makes the device code of all operations ready, so that no step has to. The first time on a machine takes long: the
+    /// driver assembles it.
+    pub fn prepare(&mut self) -> Result<(), KernelError> {
+        self.device.prepare(&crate::ops::NAMES)
+    }
+
+    /// Lets [`Backend::memory`] show no more than `bytes` as available, counted from now.
+    pub fn limit_memory(&mut self, bytes: u64) -> Result<(), KernelError> {
+        self.spared_bytes = self.device.free_bytes()?.saturating_sub(bytes);
+        Ok(())
     }
 
     /// The device under it.
@@ -217,6 +232,15 @@ impl<D: Device> Backend for CudaBackend<D> {
     fn reserve(&mut self, limits: &StepLimits) -> Result<(), KernelError> {
         self.linear_workspace.reserve(&mut self.device, limits)?;
         self.attention_workspace.reserve(&mut self.device, limits)
+    }
+
+    fn memory(&mut self) -> Result<Option<DeviceMemory>, KernelError> {
+        let available_bytes = self.device.free_bytes()?.saturating_sub(self.spared_bytes);
+        Ok(Some(DeviceMemory { total_bytes: self.device.facts().total_bytes, available_bytes }))
+    }
+
+    fn computes_beside_the_host(&self) -> bool {
+        true
     }
 
     /// The output layer's weights are read once for each tile, and decoding has as many rows as sequences.

@@ -179,8 +179,8 @@ pub trait Device: Send + Sized + 'static {
     /// Waits for the last [`Self::start_download`] to `readback`, and for nothing behind it: all its bytes.
     fn finish_download<'a>(&mut self, readback: &'a mut Self::Readback) -> Result<&'a [u8], KernelError>;
 
-    /// Makes kernels ready, so that no launch has to: several at a time where that helps.
-    fn prepare(&mut self, kernels: &[KernelId]) -> Result<(), KernelError>;
+    /// Makes all kernels of these modules ready, so that no launch has to: several modules at a time where that helps.
+    fn prepare(&mut self, modules: &[&'static str]) -> Result<(), KernelError>;
 
     /// Runs a kernel.
     ///
@@ -189,7 +189,7 @@ pub trait Device: Send + Sized + 'static {
     /// device.
     unsafe fn launch(&mut self, launch: &Launch<'_>) -> Result<(), KernelError>;
 
-    /// From here to [`Self::end_capture`] launches and fills are recorded, not run. Nothing else is done in between. Every kernel was launched or prepared before.
+    /// From here to [`Self::end_capture`] launches and fills are recorded, not run. Nothing else is done in between. Every kernel was launched before.
     fn begin_capture(&mut self) -> Result<(), KernelError>;
 
     /// Ends the recording. Where something failed in between, this is called all the same, and may fail too.

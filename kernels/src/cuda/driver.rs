@@ -19,7 +19,7 @@ pub(in crate::cuda) use self::context::failed;
 use self::modules::Modules;
 use self::pinned::{Pinned, UploadRing};
 use crate::KernelError;
-use crate::cuda::device::{Arg, Device, DeviceFacts, DevicePtr, GraphId, KernelId, Launch, MAX_ARGS, failure};
+use crate::cuda::device::{Arg, Device, DeviceFacts, DevicePtr, GraphId, Launch, MAX_ARGS, failure};
 
 /// See the module's text.
 pub struct Driver {
@@ -159,9 +159,9 @@ impl Device for Driver {
         Ok(&readback.memory.bytes_mut()[..readback.len])
     }
 
-    fn prepare(&mut self, kernels: &[KernelId]) -> Result<(), KernelError> {
+    fn prepare(&mut self, modules: &[&'static str]) -> Result<(), KernelError> {
         self.context.enter()?;
-        self.modules.prepare(&self.context, kernels)
+        self.modules.prepare(&self.context, modules)
     }
 
     unsafe fn launch(&mut self, launch: &Launch<'_>) -> Result<(), KernelError> {

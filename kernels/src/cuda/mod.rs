@@ -13,6 +13,7 @@ pub mod ptx;
 pub mod recorder;
 
 pub use crate::ops::linear::cuda::CudaWeight;
+pub use crate::ops::peaks::cuda as peaks;
 pub use backend::CudaBackend;
 pub use device::{Arg, Device, DeviceFacts, DevicePtr, GraphId, KernelId, Launch};
 pub use driver::Driver;

@@ -4,8 +4,9 @@
 //! test hands in.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::cuda::device::{ALIGN, Arg, Device, DeviceFacts, DevicePtr, GraphId, KernelId, Launch, MAX_ARGS, failure};
+use crate::cuda::device::{ALIGN, Arg, Device, DeviceFacts, DevicePtr, GraphId, KernelId, Launch, MAX_ARGS};
 use crate::{DeviceInfo, KernelError};
 
 /// One thing that was asked for, in order. What is recorded into a graph is not among them, its replay is.
@@ -22,19 +23,33 @@ pub enum Call {
     Synchronize,
 }
 
-/// What a kernel does instead of nothing: it sees its launch and the device's memory.
-pub type Effect = Box<dyn FnMut(&Launch<'_>, &mut Memory) + Send>;
+/// What a kernel does instead of nothing: it sees its launch and the device's memory, and may fail as a broken card does.
+pub type Effect = Box<dyn FnMut(&Launch<'_>, &mut Memory) -> Result<(), KernelError> + Send>;
+
+/// What was asked for, to be read from elsewhere too.
+#[derive(Clone, Default)]
+pub struct Calls(Arc<Mutex<Vec<Call>>>);
+
+impl Calls {
+    /// All since this was asked before.
+    pub fn take(&self) -> Vec<Call> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn push(&self, call: Call) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(call);
+    }
+}
 
 /// See the module's text.
 pub struct Recorder {
     facts: DeviceFacts,
     memory: Memory,
-    calls: Vec<Call>,
+    calls: Calls,
     /// Launches of each graph.
     graphs: Vec<Vec<OwnedLaunch>>,
     capturing: Option<Vec<OwnedLaunch>>,
     effects: BTreeMap<KernelId, Effect>,
-    fails_at: Option<KernelId>,
 }
 
 /// Memory of a [`Recorder`], by address.
@@ -67,30 +82,21 @@ impl Recorder {
             total_bytes,
         };
         let memory = Memory { total_bytes, taken_bytes: 0, regions: BTreeMap::new(), next: 1 << 20 };
-        Self {
-            facts,
-            memory,
-            calls: Vec::new(),
-            graphs: Vec::new(),
-            capturing: None,
-            effects: BTreeMap::new(),
-            fails_at: None,
-        }
+        Self { facts, memory, calls: Calls::default(), graphs: Vec::new(), capturing: None, effects: BTreeMap::new() }
     }
 
     /// Gives a kernel something to do.
-    pub fn set_effect(&mut self, kernel: KernelId, effect: impl FnMut(&Launch<'_>, &mut Memory) + Send + 'static) {
+    pub fn set_effect(
+        &mut self,
+        kernel: KernelId,
+        effect: impl FnMut(&Launch<'_>, &mut Memory) -> Result<(), KernelError> + Send + 'static,
+    ) {
         self.effects.insert(kernel, Box::new(effect));
     }
 
-    /// Lets every launch of a kernel from here on fail, as a broken card does.
-    pub fn fail_at(&mut self, kernel: KernelId) {
-        self.fails_at = Some(kernel);
-    }
-
-    /// What was asked for since this was asked before.
-    pub fn take_calls(&mut self) -> Vec<Call> {
-        std::mem::take(&mut self.calls)
+    /// What is asked for, now and later.
+    pub fn calls(&self) -> Calls {
+        self.calls.clone()
     }
 
     /// The memory, to be looked at and changed.
@@ -99,13 +105,10 @@ impl Recorder {
     }
 
     fn run(&mut self, launch: &Launch<'_>) -> Result<(), KernelError> {
-        if self.fails_at == Some(launch.kernel) {
-            return Err(failure(format!("{}: an illegal memory access was encountered", launch.kernel)));
+        match self.effects.get_mut(&launch.kernel) {
+            Some(effect) => effect(launch, &mut self.memory),
+            None => Ok(()),
         }
-        if let Some(effect) = self.effects.get_mut(&launch.kernel) {
-            effect(launch, &mut self.memory);
-        }
-        Ok(())
     }
 }
 
@@ -214,7 +217,7 @@ impl Device for Recorder {
         Ok(readback)
     }
 
-    fn prepare(&mut self, _kernels: &[KernelId]) -> Result<(), KernelError> {
+    fn prepare(&mut self, _modules: &[&'static str]) -> Result<(), KernelError> {
         Ok(())
     }
 

@@ -5,12 +5,26 @@ pub mod gather_rows;
 pub mod linear;
 pub mod logprobs;
 pub mod paged_attention;
+pub mod peaks;
 pub mod rms_norm;
 pub mod rope_kv_write;
 pub mod rope_table;
 pub mod sample;
 
 use crate::KernelError;
+
+/// Names of the operations' folders, which are those of their modules of device code.
+pub(crate) const NAMES: [&str; 9] = [
+    "embed",
+    "gather_rows",
+    "linear",
+    "logprobs",
+    "paged_attention",
+    "rms_norm",
+    "rope_kv_write",
+    "rope_table",
+    "sample",
+];
 
 /// Refuses a buffer that holds less than an operation reads or writes.
 pub(crate) fn at_least(

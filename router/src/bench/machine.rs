@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use quire_engine::EngineConfig;
 use quire_engine::bench::{self, Peaks};
+use quire_engine::{DeviceChoice, EngineConfig};
 use serde::Serialize;
 
 use super::{BenchError, write_json};
@@ -60,7 +60,7 @@ pub(super) fn command() -> clap::Command {
 }
 
 pub(super) fn run(num_threads: usize, json: Option<&Path>) -> Result<(), BenchError> {
-    let config = EngineConfig { num_threads, ..EngineConfig::default() };
+    let config = EngineConfig { device: DeviceChoice::Cpu, num_threads, ..EngineConfig::default() };
     let peaks = bench::machine(&config).map_err(|error| BenchError::Failed(error.to_string()))?;
     let figures = Figures {
         device: peaks.device.name,

@@ -108,7 +108,7 @@ pub(super) fn run(options: &Options, file: Option<&Path>, flags: &[Flag]) -> Res
         .map_err(|error| BenchError::Refused(error.to_string()))?;
     let failed = |error: String| BenchError::Failed(error);
     let (source, name) = app::find(&loaded.config, &loaded.environment).map_err(|error| failed(error.to_string()))?;
-    let (engine, scheduler) = (&loaded.config.engine, &loaded.config.scheduler);
+    let (engine, scheduler) = (&loaded.config.engine_for(&loaded.environment), &loaded.config.scheduler);
     let mut model =
         ModelBench::load(&source, engine, scheduler).map_err(|error| failed(format!("cannot run {name}: {error}")))?;
 

@@ -59,9 +59,14 @@ impl Modules {
         shared_bytes: u32,
     ) -> Result<sys::CUfunction, KernelError> {
         if !self.functions.contains_key(&kernel) {
-            self.prepare(context, &[kernel])?;
+            self.prepare(context, &[kernel.module])?;
+            let name = CString::new(kernel.function).map_err(|_| failure(format!("{kernel} is no name")))?;
+            // SAFETY: the module is loaded.
+            let handle = unsafe { result::module::get_function(self.loaded[kernel.module], name) }
+                .map_err(|error| failed(&format!("there is no {kernel}"), error))?;
+            self.functions.insert(kernel, Function { handle, shared_bytes: DEFAULT_SHARED_BYTES });
         }
-        let function = self.functions.get_mut(&kernel).expect("prepared above");
+        let function = self.functions.get_mut(&kernel).expect("it is there now");
         if shared_bytes > function.shared_bytes {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is of a loaded module.
@@ -72,14 +77,12 @@ impl Modules {
         Ok(function.handle)
     }
 
-    /// Loads the modules of `kernels` that are not loaded, assembling several at a time.
-    pub(super) fn prepare(&mut self, context: &Arc<Context>, kernels: &[KernelId]) -> Result<(), KernelError> {
+    /// Loads those modules that are not loaded, assembling several at a time.
+    pub(super) fn prepare(&mut self, context: &Arc<Context>, modules: &[&'static str]) -> Result<(), KernelError> {
         let mut missing: Vec<&PtxModule> = Vec::new();
-        for kernel in kernels {
-            let is_known =
-                self.loaded.contains_key(kernel.module) || missing.iter().any(|module| module.name == kernel.module);
-            if !is_known {
-                missing.push(choose(MODULES, kernel.module, self.images.compute_capability)?);
+        for &name in modules {
+            if !self.loaded.contains_key(name) && !missing.iter().any(|module| module.name == name) {
+                missing.push(choose(MODULES, name, self.images.compute_capability)?);
             }
         }
         let images: Vec<Result<Vec<u8>, KernelError>> = std::thread::scope(|scope| {
@@ -94,15 +97,6 @@ impl Modules {
         for (module, image) in missing.iter().zip(images) {
             let handle = self.images.load(module, &image?)?;
             self.loaded.insert(module.name, handle);
-        }
-        for &kernel in kernels {
-            if !self.functions.contains_key(&kernel) {
-                let name = CString::new(kernel.function).map_err(|_| failure(format!("{kernel} is no name")))?;
-                // SAFETY: the module is loaded.
-                let handle = unsafe { result::module::get_function(self.loaded[kernel.module], name) }
-                    .map_err(|error| failed(&format!("there is no {kernel}"), error))?;
-                self.functions.insert(kernel, Function { handle, shared_bytes: DEFAULT_SHARED_BYTES });
-            }
         }
         Ok(())
     }

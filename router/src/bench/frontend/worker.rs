@@ -64,6 +64,7 @@ impl IdleWorker {
         let made = Arc::clone(&untaken);
         std::thread::spawn(move || step(&submitted, &made, token_id, pace));
         let info = ModelInfo {
+            device_memory: None,
             architecture: "NoneForCausalLM".to_owned(),
             vocab_size,
             max_model_len: 4096,
