@@ -480,11 +480,22 @@ pub fn prompt_logits(
     prompts: &[Vec<u32>],
     chunk_len: usize,
 ) -> Result<Vec<Vec<f32>>, EngineError> {
+    prompt_logits_on(cpu(isa, engine)?, source, engine, prompts, chunk_len)
+}
+
+/// The same on any backend.
+pub fn prompt_logits_on<B: Backend>(
+    backend: B,
+    source: &ModelSource,
+    engine: &EngineConfig,
+    prompts: &[Vec<u32>],
+    chunk_len: usize,
+) -> Result<Vec<Vec<f32>>, EngineError> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
     let settings =
         SchedulerSettings { max_num_seqs: 1, max_num_batched_tokens: chunk_len as u32, ..SchedulerSettings::default() };
     let blocks = EngineConfig { kv_cache_memory: 64 << 20, ..engine.clone() };
-    let mut executor = ModelExecutor::load(cpu(isa, engine)?, source, &blocks, &settings, None)?.executor;
+    let mut executor = ModelExecutor::load(backend, source, &blocks, &settings, None)?.executor;
     assert!(longest <= executor.max_model_len(), "the cache has room for every prompt");
     prompts.iter().map(|prompt| Ok(executor.prompt_logits(prompt, chunk_len)?)).collect()
 }

@@ -66,8 +66,8 @@ struct Kernel {
 };
 
 template <class T> constexpr char parameter_code() {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a parameter has 4 or 8 bytes");
     if (sizeof(T) == 8) return T(-1) < T(0) ? 'I' : 'U';
-    static_assert(sizeof(T) == 4, "a parameter has 4 or 8 bytes");
     return T(1) / T(2) != T(0) ? 'f' : T(-1) < T(0) ? 'i' : 'u';
 }
 

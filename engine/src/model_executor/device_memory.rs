@@ -7,8 +7,10 @@ use crate::handle::DeviceMemoryUse;
 use crate::models::config::ModelConfig;
 use crate::models::decoder::{Decoder, WeightChoice};
 
-/// Left to what is taken while steps run: the driver's own, and recordings of steps.
+/// Left to what is taken while steps run, the driver's own and recordings of steps: the smaller of so many bytes and this
+/// part of the device.
 const RUNNING_BYTES: u64 = 256 << 20;
+const RUNNING_PART: u64 = 64;
 
 /// Refuses a model whose weights alone are more than may be taken, before minutes of loading it.
 pub(super) fn check_weights<B: Backend>(
@@ -26,7 +28,10 @@ pub(super) fn check_weights<B: Backend>(
 
 /// What the cache may take of what is left. `None` where the host's memory counts.
 pub(super) fn left_for_cache<B: Backend>(backend: &mut B) -> Result<Option<u64>, EngineError> {
-    Ok(backend.memory()?.map(|memory| memory.available_bytes.saturating_sub(RUNNING_BYTES)))
+    Ok(backend.memory()?.map(|memory| {
+        let running = RUNNING_BYTES.min(memory.total_bytes / RUNNING_PART);
+        memory.available_bytes.saturating_sub(running)
+    }))
 }
 
 /// Where memory went, once all of it is taken; `before` is what there was.

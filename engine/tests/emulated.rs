@@ -1,0 +1,126 @@
+//! The CUDA engine without a card: the device code that is embedded for cards, run by the emulator under the very executor
+//! that serves, against the CPU.
+
+use quire_engine::testing::{
+    ChoiceOutcome, Recorder, TinyModel, prompt_logits, prompt_logits_on, read_all, start_on, start_on_cpu, submission,
+    tiny_model,
+};
+use quire_engine::{DTypeChoice, EngineConfig, EngineHandle, KvDTypeChoice, QuantizeChoice, SchedulerSettings};
+use quire_kernels::cpu::Isa;
+use quire_kernels::testing::emulated_backends;
+
+fn config(dtype: DTypeChoice) -> EngineConfig {
+    EngineConfig { dtype, num_threads: 2, kv_cache_memory: 1 << 20, ..EngineConfig::default() }
+}
+
+fn settings() -> SchedulerSettings {
+    SchedulerSettings {
+        max_num_seqs: 4,
+        max_num_batched_tokens: 32,
+        max_model_len: 128,
+        ..SchedulerSettings::default()
+    }
+}
+
+fn prompt(seed: u32, len: u32) -> Vec<u32> {
+    (0..len).map(|index| 3 + (seed * 97 + index * 31 + index * index) % 240).collect()
+}
+
+/// The largest absolute difference over the largest absolute number.
+fn deviation(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0_f64, |largest, &x| largest.max(f64::from(x.abs())));
+    let differences = found.iter().zip(expected).map(|(&a, &b)| (f64::from(a) - f64::from(b)).abs());
+    differences.fold(0.0_f64, |worst, x| if x.is_nan() { f64::INFINITY } else { worst.max(x) }) / largest
+}
+
+/// Sums in another order; where numbers are rounded to few bits, one that lies near the edge may fall to its other side,
+/// and a tiny model spreads that far.
+#[test]
+fn logits_are_those_of_the_cpu_within_bounds() {
+    let f32_alone = EngineConfig { ..config(DTypeChoice::F32) };
+    let bf16 = config(DTypeChoice::Bf16);
+    let cases = [
+        ("f32", TinyModel::Llama, f32_alone.clone(), 2e-5),
+        ("f32, window", TinyModel::MistralWindow, f32_alone.clone(), 2e-5),
+        ("f32, biases and two groups", TinyModel::QwenMixed, f32_alone.clone(), 2e-5),
+        ("f32, cache of int8", TinyModel::Llama, EngineConfig { kv_dtype: KvDTypeChoice::Int8, ..f32_alone }, 0.03),
+        ("bf16", TinyModel::Llama, bf16.clone(), 0.03),
+        ("int8", TinyModel::Llama, EngineConfig { quantize: QuantizeChoice::Int8, ..bf16.clone() }, 0.03),
+        ("int4", TinyModel::Llama, EngineConfig { quantize: QuantizeChoice::Int4, ..bf16 }, 0.03),
+    ];
+    for (name, family, engine, bound) in cases {
+        let source = tiny_model(3, family);
+        let prompts = [prompt(1, 37)];
+        for backend in emulated_backends() {
+            let found = prompt_logits_on(backend, &source, &engine, &prompts, 32).unwrap();
+            let expected = prompt_logits(&source, Isa::detect(), &engine, &prompts, 32).unwrap();
+            let deviation = deviation(&found[0], &expected[0]);
+            println!("{name}: {deviation:.1e}");
+            assert!(deviation <= bound, "{name}: {deviation:.1e}");
+        }
+    }
+}
+
+/// Requests at the same time, their outcomes in order.
+async fn generate(handle: &EngineHandle, requests: &[(Vec<u32>, u32, f32)]) -> Vec<ChoiceOutcome> {
+    let mut streams = Vec::new();
+    for (index, (prompt, max_tokens, temperature)) in requests.iter().enumerate() {
+        let mut submission = submission(prompt, *max_tokens);
+        submission.sampling.temperature = *temperature;
+        submission.sampling.seed = 7 + index as u64;
+        submission.sampling.logprobs = Some(3);
+        streams.push(handle.submit(submission).await.unwrap());
+    }
+    let mut outcomes = Vec::new();
+    for stream in &mut streams {
+        outcomes.push(read_all(stream).await.remove(0));
+    }
+    outcomes
+}
+
+#[tokio::test]
+async fn a_batch_generates_the_tokens_that_the_cpu_does() {
+    let source = tiny_model(3, TinyModel::Llama);
+    let engine = config(DTypeChoice::F32);
+    let observer = || Box::new(Recorder::default());
+    let requests = [(prompt(1, 5), 9, 0.0), (prompt(2, 18), 7, 0.0), (prompt(3, 30), 5, 0.8)];
+    for backend in emulated_backends() {
+        let card = start_on(backend, &source, &engine, &settings(), observer()).unwrap();
+        let cpu = start_on_cpu(&source, Isa::detect(), &engine, &settings(), observer()).unwrap();
+        let (found, expected) = (generate(&card, &requests).await, generate(&cpu, &requests).await);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!(found.tokens, expected.tokens);
+            assert_eq!(found.finish, expected.finish);
+            for (found, expected) in found.logprobs.iter().zip(&expected.logprobs) {
+                let (found, expected) = (found.as_ref().unwrap(), expected.as_ref().unwrap());
+                assert!((found.logprob - expected.logprob).abs() < 1e-4, "{found:?} {expected:?}");
+                assert_eq!(found.rank, expected.rank);
+            }
+        }
+    }
+}
+
+/// The first promise: what a request gets depends on nobody else, whether steps are filled up and replayed or not.
+#[tokio::test]
+async fn a_request_alone_and_in_a_batch_has_the_same_bits() {
+    let source = tiny_model(3, TinyModel::Llama);
+    let engine = config(DTypeChoice::Bf16);
+    let observer = || Box::new(Recorder::default());
+    let requests = [(prompt(1, 5), 6, 0.7), (prompt(2, 18), 6, 0.7), (prompt(3, 33), 6, 0.7)];
+    for backend in emulated_backends() {
+        let together = start_on(backend, &source, &engine, &settings(), observer()).unwrap();
+        let together = generate(&together, &requests).await;
+        for backend in emulated_backends() {
+            let narrow =
+                SchedulerSettings { max_num_seqs: 2, max_num_batched_tokens: 16, prefix_cache: false, ..settings() };
+            let alone = start_on(backend, &source, &engine, &narrow, observer()).unwrap();
+            let alone = generate(&alone, &requests[..1]).await;
+            assert_eq!(alone[0].tokens, together[0].tokens);
+            let bits = |outcome: &ChoiceOutcome| -> Vec<u32> {
+                outcome.logprobs.iter().map(|logprobs| logprobs.as_ref().unwrap().logprob.to_bits()).collect()
+            };
+            assert_eq!(bits(&alone[0]), bits(&together[0]));
+        }
+    }
+}
