@@ -46,20 +46,29 @@ async fn a_slow_reader_gets_the_whole_answer() {
     draining.await.expect("the drain ends once everything is said");
 }
 
-#[tokio::test]
-async fn tokenizing_is_in_flight() {
-    let server = Server::saying("x");
-    let input = || Input::Text { text: "Once upon a time".to_owned(), add_special_tokens: false };
-    {
-        let mut tokenizing = Box::pin(server.service.tokenize(input()));
-        let mut detokenizing = Box::pin(server.service.detokenize(vec![100]));
-        assert!(futures::poll!(&mut tokenizing).is_pending());
-        assert!(futures::poll!(&mut detokenizing).is_pending());
-        assert_eq!(server.service.num_inflight(), 2);
-        tokenizing.await.expect("tokens");
-        detokenizing.await.expect("text");
-    }
-    assert_eq!(server.service.num_inflight(), 0);
-    server.service.begin_drain();
-    assert!(matches!(server.service.tokenize(input()).await, Err(ApiError::Unavailable { .. })));
+#[test]
+fn tokenizing_is_in_flight() {
+    // One thread for blocking work, which the test holds: otherwise that work may be done before anyone looks.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().expect("a runtime");
+    runtime.block_on(async {
+        let server = Server::saying("x");
+        let input = || Input::Text { text: "Once upon a time".to_owned(), add_special_tokens: false };
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let holder = tokio::task::spawn_blocking(move || held.recv());
+        {
+            let mut tokenizing = Box::pin(server.service.tokenize(input()));
+            let mut detokenizing = Box::pin(server.service.detokenize(vec![100]));
+            assert!(futures::poll!(&mut tokenizing).is_pending());
+            assert!(futures::poll!(&mut detokenizing).is_pending());
+            assert_eq!(server.service.num_inflight(), 2);
+            release.send(()).expect("the thread is held");
+            holder.await.expect("no panic").expect("released");
+            tokenizing.await.expect("tokens");
+            detokenizing.await.expect("text");
+        }
+        assert_eq!(server.service.num_inflight(), 0);
+        server.service.begin_drain();
+        assert!(matches!(server.service.tokenize(input()).await, Err(ApiError::Unavailable { .. })));
+    });
 }
