@@ -322,6 +322,9 @@ impl GrammarError {
                 return unsupported("minProperties", " beside properties that are not required");
             }
         }
+        if has(&["resource", "retriev", "resolv", "anchor", "pointer", "reference", "metaschema", "meta-schema"]) {
+            return unsupported("$ref", " (or `$schema`): it leads to what is not in the schema");
+        }
         if has(&["unsatisfiable"]) {
             return Self::Invalid { why: "allows nothing: no output could satisfy it".to_owned() };
         }

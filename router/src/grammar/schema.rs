@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::rewrite::rewrite;
 use super::source::check_regex;
 use super::{GrammarError, GrammarLimits};
 
@@ -13,7 +14,7 @@ pub(super) fn parse_schema(text: &str, limits: &GrammarLimits) -> Result<Value, 
     let schema: Value =
         serde_json::from_str(text).map_err(|_| GrammarError::Invalid { why: "is not JSON".to_owned() })?;
     check_schema(&schema, limits)?;
-    Ok(schema)
+    Ok(rewrite(schema))
 }
 
 /// Fails where a schema is too large, or holds options that are not the caller's.

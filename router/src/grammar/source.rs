@@ -3,6 +3,7 @@
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde_json::{Value, json};
 
+use super::rewrite::rewrite;
 use super::schema::{check_schema, parse_schema};
 use super::{GrammarError, GrammarLimits, OutputFormat, StructuralTag};
 
@@ -84,7 +85,7 @@ impl GrammarSource {
     /// The JSON that a schema allows, likewise.
     pub(crate) fn json_item(schema: &Value, limits: &GrammarLimits) -> Result<String, GrammarError> {
         check_schema(schema, limits)?;
-        Ok(format!("%json {}", with_options(schema.clone())))
+        Ok(format!("%json {}", with_options(rewrite(schema.clone()))))
     }
 
     pub(super) fn into_grammar(self) -> TopLevelGrammar {
