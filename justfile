@@ -20,7 +20,7 @@ test:
 
 # Only the tests that speak HTTP and gRPC to a running server.
 e2e:
-    cargo test --workspace --test e2e --test process --test http
+    cargo test --workspace --test e2e --test process --test faces
 
 # Published clients of every contract against the demo model; needs Python and its registry, and skips without.
 clients:

@@ -13,7 +13,7 @@ if [ ! -e "$environment/.ready" ]; then
     python3 -m venv "$environment" > /dev/null 2>&1 || skip "python3 makes no virtual environments"
     timeout 70 "$environment/bin/pip" install --quiet --disable-pip-version-check --retries 1 --timeout 10 \
         --requirement tests/clients/requirements.txt > "$environment/pip.log" 2>&1 \
-        || skip "the Python registry cannot be reached"
+        || skip "their packages could not be installed: $(tail -n 1 "$environment/pip.log")"
     touch "$environment/.ready"
 fi
 

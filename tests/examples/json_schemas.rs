@@ -42,7 +42,7 @@ async fn main() -> ExitCode {
         println!("{count:4}  {reason}");
     }
     println!(
-        "{total} schemas: {valid} gave valid output, {refused} were refused by name, {cut_off} were cut off at {MAX_TOKENS} tokens"
+        "{total} schemas: {valid} gave valid output, {refused} were refused, {cut_off} were cut off at {MAX_TOKENS} tokens"
     );
     println!("output: {:.1} %", 100.0 * f64::from(valid) / f64::from(total.max(1)));
     for what in &wrong {

@@ -205,6 +205,9 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     }
 }
 
+/// How far ahead of use a stream that is read once is fetched: the products, and what they are measured against.
+pub(crate) const PREFETCH_AHEAD_BYTES: usize = 8192;
+
 /// Asks for the cache line of an address, which may be any: wanted in a moment, in the level-1 cache.
 #[inline(always)]
 pub(crate) fn prefetch(address: *const u8) {

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use super::buffer::AlignedBytes;
-use super::lanes::{LANES, Lanes, Vectorized, prefetch, vectorize};
+use super::lanes::{LANES, Lanes, PREFETCH_AHEAD_BYTES, Vectorized, prefetch, vectorize};
 use super::{CpuBackend, Isa};
 use crate::{DType, KernelError};
 
@@ -16,9 +16,6 @@ const READ_PIECE: usize = 4 * LINE_BYTES;
 
 /// One vector.
 const LINE_BYTES: usize = LANES * size_of::<f32>();
-
-/// As far as the products look ahead.
-const READ_AHEAD_BYTES: usize = 8192;
 
 /// Best of so many tries: the machine may have other work.
 const NUM_TRIES: usize = 5;
@@ -81,7 +78,7 @@ impl Vectorized for Read<'_> {
         let mut sums = [simd.splat(0.0); READ_PIECE / LINE_BYTES];
         for piece in self.bytes.chunks_exact(READ_PIECE) {
             for (sum, line) in sums.iter_mut().zip(piece.chunks_exact(LINE_BYTES)) {
-                prefetch(line.as_ptr().wrapping_add(READ_AHEAD_BYTES));
+                prefetch(line.as_ptr().wrapping_add(PREFETCH_AHEAD_BYTES));
                 // SAFETY: a line is 16 numbers of 4 bytes; loads need no alignment, and any bits are a number.
                 *sum = simd.add(*sum, unsafe { simd.load(line.as_ptr().cast()) });
             }

@@ -28,6 +28,7 @@ use self::tile::{ActivationForm, Kernel, Tile};
 use super::Linear;
 use crate::KernelError;
 use crate::cpu::buffer::AlignedBytes;
+use crate::cpu::lanes::PREFETCH_AHEAD_BYTES;
 use crate::cpu::thread_pool::{SharedMut, split};
 use crate::cpu::{CpuBackend, Isa, ThreadPool};
 
@@ -187,7 +188,7 @@ unsafe fn compute_unit(
             // fetches its share of the stretch that comes next in memory, while this one is at work.
             let lines = split(kernel.lines_per_step(), 1, index, num_tiles);
             let ahead = if num_tiles == 1 {
-                tile::PREFETCH_AHEAD_BYTES
+                PREFETCH_AHEAD_BYTES
             } else {
                 stretch_bytes + lines.start * stretch_bytes / kernel.lines_per_step()
             };

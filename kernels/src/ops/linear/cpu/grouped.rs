@@ -245,8 +245,7 @@ unsafe fn avx2<const R: usize, const Q: usize, const PACKED: bool, const TABLE: 
     }
 }
 
-/// Where a tile is `ALONE` it waits for memory: a step has many lines, and only some two dozen can be on their way to a core,
-/// so they are asked for little by little while the step is multiplied. Otherwise a tile asks for its few at once.
+/// As [`avx512_steps`].
 ///
 /// # Safety
 /// See `Kernel::run`.

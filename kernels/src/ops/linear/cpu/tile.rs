@@ -27,9 +27,6 @@ use crate::cpu::lanes::bf16_bits;
 /// The widest panel of any kernel.
 pub(super) const MAX_PANEL_WIDTH: usize = 64;
 
-/// How far ahead of use a stream that is read once is fetched.
-pub(super) const PREFETCH_AHEAD_BYTES: usize = 8192;
-
 /// The arguments of one micro-kernel.
 pub(super) struct Tile {
     /// First row, at the first step.
