@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
 # Published clients against a server with the demo model. Makes a virtual environment once (target/clients); without a Python
-# registry it says so and is done. Usage: tests/clients/run.sh [path of the program]
+# registry it says so and is done. Each client that fails or hangs is named, the others still run, and the end is exit 1.
+# Usage: tests/clients/run.sh [path of the program]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 program=${1:-target/debug/quire}
 environment=target/clients
+# Of one client, and of the whole script.
+client_seconds=30
+all_seconds=105
 
 skip() { echo "clients: skipped: $1"; exit 0; }
 command -v python3 > /dev/null || skip "there is no python3"
 [ -x "$program" ] || { echo "clients: $program is not built"; exit 1; }
-if [ ! -e "$environment/.ready" ]; then
+wanted=$(sha256sum < tests/clients/requirements.txt)
+if [ "$(cat "$environment/.ready" 2> /dev/null)" != "$wanted" ]; then
     python3 -m venv "$environment" > /dev/null 2>&1 || skip "python3 makes no virtual environments"
     timeout 70 "$environment/bin/pip" install --quiet --disable-pip-version-check --retries 1 --timeout 10 \
         --requirement tests/clients/requirements.txt > "$environment/pip.log" 2>&1 \
         || skip "their packages could not be installed: $(tail -n 1 "$environment/pip.log")"
-    touch "$environment/.ready"
+    echo "$wanted" > "$environment/.ready"
 fi
 
 log=$(mktemp)
@@ -28,9 +33,28 @@ for _ in $(seq 200); do
 done
 http=$(grep -o 'HTTP on http://[0-9.:]*' "$log" | head -n 1 | cut -d' ' -f3)
 grpc=$(grep -o 'gRPC on [0-9.:]*' "$log" | head -n 1 | cut -d' ' -f3)
-for client in openai anthropic ollama; do
-    timeout 60 "$environment/bin/python" "tests/clients/${client}_client.py" "$http"
-done
-for client in triton engine; do
-    timeout 60 "$environment/bin/python" "tests/clients/${client}_client.py" "$grpc"
-done
+[ -n "$http" ] && [ -n "$grpc" ] || { echo "clients: the server did not become ready"; tail -n 20 "$log"; exit 1; }
+
+failures=0
+# Runs one client: its name, and the address that it is told.
+client() {
+    local left=$((all_seconds - SECONDS)) status=0
+    local seconds=$((left < client_seconds ? left : client_seconds))
+    if [ "$seconds" -le 0 ]; then
+        echo "$1: not run: the $all_seconds seconds of this script are over"
+        failures=$((failures + 1))
+        return
+    fi
+    timeout --kill-after 2 "$seconds" "$environment/bin/python" "tests/clients/$1_client.py" "$2" || status=$?
+    case $status in
+        0) return ;;
+        124 | 137) echo "$1: ran out of its $seconds seconds" ;;
+        *) echo "$1: failed (exit $status)" ;;
+    esac
+    failures=$((failures + 1))
+    echo "$1: the server's last lines:"
+    tail -n 20 "$log"
+}
+for name in openai anthropic ollama; do client "$name" "$http"; done
+for name in triton engine; do client "$name" "$grpc"; done
+[ "$failures" = 0 ] || { echo "clients: $failures failed"; exit 1; }
