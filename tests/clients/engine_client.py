@@ -9,7 +9,8 @@ import zipfile
 import grpc
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2 as pb, vllm_engine_pb2_grpc as rpc
 
-engine = rpc.VllmEngineStub(grpc.insecure_channel(sys.argv[1]))
+channel = grpc.insecure_channel(sys.argv[1])
+engine = rpc.VllmEngineStub(channel)
 assert engine.HealthCheck(pb.HealthCheckRequest()).healthy
 model = engine.GetModelInfo(pb.GetModelInfoRequest())
 assert model.is_generation and model.vocab_size > 0, model
@@ -41,4 +42,5 @@ for call in [lambda: engine.Embed(pb.EmbedRequest()), lambda: engine.FlushCache(
         raise AssertionError("it was served")
     except grpc.RpcError as error:
         assert error.code() == grpc.StatusCode.UNIMPLEMENTED, error
+channel.close()  # here, and not while the interpreter ends
 print("smg-grpc-proto", importlib.metadata.version("smg-grpc-proto"), "fine")

@@ -40,5 +40,6 @@ while True:
     if result.get_response().parameters["triton_final_response"].bool_param:
         break
 client.stop_stream()
+client.close()  # here, where its threads can still be waited for, and not while the interpreter ends
 assert b"".join(pieces) == answer[0], (pieces, answer)
 print("tritonclient", importlib.metadata.version("tritonclient"), "fine")
