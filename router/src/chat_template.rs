@@ -185,6 +185,16 @@ impl ChatTemplate {
         self.source.contains(word)
     }
 
+    /// Whether a request can say that the model is to think, or not to.
+    pub fn reads_thinking(&self) -> bool {
+        self.mentions("enable_thinking") || self.mentions("thinking")
+    }
+
+    /// Whether a request can say how much the model is to think.
+    pub fn reads_effort(&self) -> bool {
+        self.mentions("reasoning_effort")
+    }
+
     /// The template as the model brings it.
     pub(crate) fn source(&self) -> &str {
         &self.source

@@ -12,6 +12,7 @@ mod text;
 mod validate;
 
 use std::collections::BTreeMap;
+use std::ops::AddAssign;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,6 +26,7 @@ use crate::metrics::Endpoint;
 pub use chat::{ChatInput, ChatMessage, Tool, ToolCall, ToolChoice};
 pub use limits::Limits;
 pub use service::{Generation, GenerationService, ServiceParts};
+pub(crate) use text::{MAX_CALL_ID_BYTES, TOOL_NAME, is_tool_name};
 pub(crate) use validate::invalid;
 
 /// What to continue.
@@ -172,6 +174,17 @@ pub struct Usage {
     pub completion_tokens: u32,
     /// Prompt tokens that came from the prefix cache.
     pub cached_tokens: u32,
+    /// Of `completion_tokens`, those of reasoning, with the marks around it.
+    pub reasoning_tokens: u32,
+}
+
+impl AddAssign for Usage {
+    fn add_assign(&mut self, other: Self) {
+        self.prompt_tokens += other.prompt_tokens;
+        self.completion_tokens += other.completion_tokens;
+        self.cached_tokens += other.cached_tokens;
+        self.reasoning_tokens += other.reasoning_tokens;
+    }
 }
 
 /// What a [`Generation`] yields, in order.

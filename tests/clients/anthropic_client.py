@@ -1,4 +1,4 @@
-"""The `anthropic` package against a running server: messages, streams, counting, errors."""
+"""The `anthropic` package against a running server: messages, streams, tools, counting, errors."""
 
 import json
 import sys
@@ -24,6 +24,32 @@ with client.messages.stream(
     assert "".join(stream.text_stream) == text
     final = stream.get_final_message()
 assert final.stop_reason == "end_turn" and final.usage.output_tokens == message.usage.output_tokens, final
+
+tool = {
+    "name": "weather",
+    "description": "Says how it will be.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+wanted = {
+    "model": model, "max_tokens": 200, "messages": question, "tools": [tool],
+    "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}, **exact,
+}
+called = client.messages.create(**wanted)
+(use,) = called.content
+assert called.stop_reason == use.type == "tool_use" and use.input["city"] in ("Rome", "Oslo"), called
+with client.messages.stream(**wanted) as stream:
+    kinds = [event.type for event in stream]
+    final = stream.get_final_message()
+assert final.content[0].input == use.input and "input_json" in kinds, (final, kinds)
+result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "sunny"}]}
+history = [*question, {"role": "assistant", "content": called.content}, result]
+after = client.messages.create(model=model, max_tokens=16, messages=history, tools=[tool])
+assert after.usage.input_tokens + after.usage.cache_read_input_tokens > called.usage.input_tokens, after
 
 short = client.messages.create(model=model, max_tokens=1, messages=question)
 assert short.stop_reason == "max_tokens", short

@@ -1,4 +1,4 @@
-"""The `ollama` package against a running server: chat, generate, gaps, what there is, errors."""
+"""The `ollama` package against a running server: chat, tools, generate, gaps, what there is, errors."""
 
 import importlib.metadata
 import sys
@@ -15,6 +15,28 @@ assert answer.message.content and answer.done and answer.done_reason == "stop", 
 parts = list(client.chat(model=model, messages=question, options=exact, stream=True))
 assert "".join(part.message.content for part in parts) == answer.message.content
 assert [part.done for part in parts].count(True) == 1 and parts[-1].eval_count == answer.eval_count
+
+
+
+def weather(city: str) -> str:
+    """Says how it will be.
+
+    Args:
+        city: Where.
+    """
+    return f"sunny in {city}"
+
+
+offered = client.chat(model=model, messages=question, tools=[weather], options=exact)
+assert offered.prompt_eval_count > answer.prompt_eval_count, offered
+call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+history = [
+    *question,
+    {"role": "assistant", "content": "", "tool_calls": [call]},
+    {"role": "tool", "tool_name": "weather", "content": weather("Rome")},
+]
+after = list(client.chat(model=model, messages=history, tools=[weather], think=False, options=exact, stream=True))
+assert after[-1].done and after[-1].prompt_eval_count > offered.prompt_eval_count, after[-1]
 
 generated = client.generate(model=model, prompt="What is 7 + 5?", options=exact)
 assert generated.response == answer.message.content, generated

@@ -105,6 +105,10 @@ impl TextParser for Parser {
         }
     }
 
+    fn is_reasoning(&self) -> bool {
+        matches!(self.state, State::Analysis)
+    }
+
     fn finish(&mut self, parts: &mut Parts) {
         let rest = self.scanner.take();
         match &mut self.state {

@@ -210,6 +210,10 @@ pub(crate) trait TextParser: Send {
     fn push(&mut self, text: &str, parts: &mut Parts);
     /// The text is over: what was held back is said.
     fn finish(&mut self, parts: &mut Parts);
+    /// Whether what comes next is reasoning, as far as can be told.
+    fn is_reasoning(&self) -> bool {
+        false
+    }
 }
 
 /// The parser of one choice: reasoning first, then calls in what is left.
@@ -259,6 +263,12 @@ impl OutputParser {
                 self.pass_on(split, parts);
             }
         }
+    }
+
+    /// Whether the text so far ends inside a thought.
+    pub(crate) fn is_reasoning(&self) -> bool {
+        self.reasoning.as_ref().is_some_and(TextParser::is_reasoning)
+            || self.calls.as_ref().is_some_and(|calls| calls.is_reasoning())
     }
 
     pub(crate) fn finish(&mut self, parts: &mut Parts) {

@@ -103,6 +103,10 @@ impl TextParser for ThinkSplitter {
         }
     }
 
+    fn is_reasoning(&self) -> bool {
+        matches!(self.state, State::Inside)
+    }
+
     fn finish(&mut self, parts: &mut Parts) {
         let rest = self.scanner.take();
         match self.state {

@@ -55,6 +55,7 @@ pub(super) struct Choice {
     parser: Option<OutputParser>,
     parts: Parts,
     num_calls: u32,
+    num_reasoning_tokens: u32,
 }
 
 impl Choice {
@@ -73,6 +74,7 @@ impl Choice {
             parser,
             parts: Parts::default(),
             num_calls: 0,
+            num_reasoning_tokens: 0,
         }
     }
 
@@ -95,6 +97,11 @@ impl Choice {
 
     pub(super) fn num_tokens(&self) -> u32 {
         self.num_tokens
+    }
+
+    /// Of [`Self::num_tokens`], those of reasoning.
+    pub(super) fn num_reasoning_tokens(&self) -> u32 {
+        self.num_reasoning_tokens
     }
 
     /// Whether its last event was sent.
@@ -150,7 +157,11 @@ impl Choice {
             }
             return;
         };
+        let was_reasoning = parser.is_reasoning();
         parser.push(&text, &mut self.parts);
+        if was_reasoning || parser.is_reasoning() {
+            self.num_reasoning_tokens += tokens.len() as u32;
+        }
         if is_last {
             parser.finish(&mut self.parts);
         }

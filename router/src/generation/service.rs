@@ -452,6 +452,7 @@ impl Generation {
     fn finish_if_done(&mut self) {
         if self.choices.iter().all(Choice::is_finished) {
             self.usage.completion_tokens = self.choices.iter().map(Choice::num_tokens).sum();
+            self.usage.reasoning_tokens = self.choices.iter().map(Choice::num_reasoning_tokens).sum();
             self.events.push_back(GenerationEvent::Done { usage: self.usage });
             self.end(Outcome::Finished);
         }

@@ -22,7 +22,7 @@ const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 /// Bytes of a message's `name`.
 const MAX_NAME_BYTES: usize = 64;
 /// Bytes of the identity of a call.
-const MAX_CALL_ID_BYTES: usize = 256;
+pub(crate) const MAX_CALL_ID_BYTES: usize = 256;
 /// Bytes of `reasoning_effort`.
 const MAX_EFFORT_BYTES: usize = 16;
 
@@ -319,6 +319,9 @@ pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -
     }
 }
 
+/// What a tool's name must be.
+pub(crate) const TOOL_NAME: &str = "must have 1 to 64 letters, digits, dots, dashes or underscores";
+
 /// Names of tools go into prompts and grammars, and come back to whoever calls them.
 pub(crate) fn is_tool_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
@@ -339,7 +342,7 @@ fn check_calls(message: &ChatMessage, index: usize) -> Result<(), ApiError> {
     for (call_index, call) in message.tool_calls.iter().enumerate() {
         if !is_tool_name(&call.name) {
             let field = at(&format!("tool_calls[{call_index}].function.name"));
-            return Err(invalid(&field, "must have 1 to 64 letters, digits, dots, dashes or underscores"));
+            return Err(invalid(&field, TOOL_NAME));
         }
         if call.id.len() > MAX_CALL_ID_BYTES {
             let field = at(&format!("tool_calls[{call_index}].id"));
@@ -359,7 +362,7 @@ fn check_tools(chat: &ChatInput, limits: &Limits) -> Result<(), ApiError> {
     for (index, tool) in chat.tools.iter().enumerate() {
         if !is_tool_name(&tool.name) {
             let field = format!("tools[{index}].function.name");
-            return Err(invalid(&field, "must have 1 to 64 letters, digits, dots, dashes or underscores"));
+            return Err(invalid(&field, TOOL_NAME));
         }
         if chat.tools[..index].iter().any(|other| other.name == tool.name) {
             return Err(invalid(&format!("tools[{index}].function.name"), "is another tool's name too"));

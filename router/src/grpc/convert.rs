@@ -406,8 +406,8 @@ fn finish(cause: StopCause) -> wire::Finish {
 }
 
 fn usage(usage: Usage) -> wire::Usage {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
-    wire::Usage { prompt_tokens, completion_tokens, cached_tokens }
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens } = usage;
+    wire::Usage { prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens }
 }
 
 /// What is served.

@@ -212,9 +212,7 @@ impl GrpcInferenceService for Handlers {
             for (text, cause, usage) in ended {
                 texts.push(text);
                 causes.push(cause);
-                total.prompt_tokens += usage.prompt_tokens;
-                total.completion_tokens += usage.completion_tokens;
-                total.cached_tokens += usage.cached_tokens;
+                total += usage;
             }
             Ok((form.whole(texts, &causes, seed, total), id))
         };

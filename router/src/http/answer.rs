@@ -97,9 +97,7 @@ impl Generations {
             match event {
                 Some(GenerationEvent::Done { usage }) => {
                     self.running[prompt_index] = None;
-                    self.usage.prompt_tokens += usage.prompt_tokens;
-                    self.usage.completion_tokens += usage.completion_tokens;
-                    self.usage.cached_tokens += usage.cached_tokens;
+                    self.usage += usage;
                     if self.running.iter().all(Option::is_none) {
                         self.running.clear();
                         return Poll::Ready(Some(Event::Done(self.usage)));
@@ -128,11 +126,19 @@ pub(super) struct UsageJson {
     completion_tokens: u32,
     total_tokens: u32,
     prompt_tokens_details: PromptTokensDetails,
+    /// Only where there was any reasoning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
 #[derive(Serialize)]
 struct PromptTokensDetails {
     cached_tokens: u32,
+}
+
+#[derive(Serialize)]
+struct CompletionTokensDetails {
+    reasoning_tokens: u32,
 }
 
 impl From<Usage> for UsageJson {
@@ -142,6 +148,8 @@ impl From<Usage> for UsageJson {
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
             prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
+            completion_tokens_details: (usage.reasoning_tokens > 0)
+                .then_some(CompletionTokensDetails { reasoning_tokens: usage.reasoning_tokens }),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What dialects with one choice for each request have in common: they begin a generation and gather its text.
+//! What dialects with one choice for each request have in common: they begin a generation and gather what it says.
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -6,12 +6,13 @@ use axum::response::Response;
 
 use crate::error::ApiError;
 use crate::generation::{
-    Generation, GenerationEvent, GenerationParams, GenerationRequest, GenerationService, Input, StopCause, TokenInfo,
-    Usage, invalid,
+    Generation, GenerationEvent, GenerationParams, GenerationRequest, GenerationService, Input, StopCause, Usage,
+    invalid,
 };
 use crate::metrics::Endpoint;
 
 use super::fields::Ignored;
+use super::items::Items;
 use super::{IGNORED_PARAMS, TENANT};
 
 /// A request of such a dialect, understood.
@@ -33,29 +34,20 @@ impl Ask {
 
 /// A generation's answer as a whole.
 pub(super) struct Whole {
-    pub(super) text: String,
-    /// Only where log probabilities were asked for.
-    pub(super) tokens: Vec<TokenInfo>,
+    pub(super) items: Items,
     pub(super) cause: StopCause,
     pub(super) usage: Usage,
 }
 
 /// Waits for the last event.
 pub(super) async fn whole(mut generation: Generation) -> Result<Whole, ApiError> {
-    let (mut text, mut tokens, mut end) = (String::new(), Vec::new(), StopCause::Length);
+    let (mut items, mut end) = (Items::default(), StopCause::Length);
     while let Some(event) = generation.next().await {
         match event {
-            GenerationEvent::Delta { text: new, tokens: new_tokens, .. } => {
-                text.push_str(&new);
-                tokens.extend(new_tokens.into_iter().filter(|info| info.logprobs.is_some()));
-            }
             GenerationEvent::ChoiceFinished { cause, .. } => end = cause,
-            GenerationEvent::Done { usage } => return Ok(Whole { text, tokens, cause: end, usage }),
+            GenerationEvent::Done { usage } => return Ok(Whole { items: items.ended(), cause: end, usage }),
             GenerationEvent::Error(error) => return Err(error),
-            // Not asked for by any of these dialects.
-            GenerationEvent::Reasoning { .. }
-            | GenerationEvent::ToolCall { .. }
-            | GenerationEvent::PromptLogprobs { .. } => {}
+            event => items.take(event),
         }
     }
     Err(ApiError::Cancelled)

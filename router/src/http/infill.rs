@@ -117,7 +117,7 @@ pub(super) async fn infill(State(service): State<GenerationService>, request: Re
     }
     let whole = whole(generation).await?;
     writer.cause = whole.cause;
-    Ok(json_response(to_json(&writer.last(&whole.text, whole.usage)), &ignored))
+    Ok(json_response(to_json(&writer.last(&whole.items.all_text(), whole.usage)), &ignored))
 }
 
 /// Pieces of a streamed answer; the last one has `stop`.
@@ -171,7 +171,7 @@ impl Framing for PieceWriter {
                 }
             }
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = cause,
-            // Neither tools nor reasoning are asked for by this dialect, and ends are framed by the stream.
+            // A gap has neither calls nor reasoning, and ends are framed by the stream.
             GenerationEvent::Reasoning { .. }
             | GenerationEvent::ToolCall { .. }
             | GenerationEvent::PromptLogprobs { .. }

@@ -10,6 +10,7 @@ mod fields;
 mod format;
 pub mod health;
 mod infill;
+mod items;
 mod messages;
 mod ollama;
 mod openai;

@@ -83,6 +83,12 @@ const CHAT: &[Field] = &[
     ("continue_final_message", "boolean", "Goes on with the last message"),
     ("add_special_tokens", "boolean", "Whether the tokenizer adds its own"),
     ("chat_template_kwargs", "object", "enable_thinking"),
+    ("tools", "array", "Functions that the model may call: type and function"),
+    ("tool_choice", "string|object", "none, auto, required, or the function that is called"),
+    ("parallel_tool_calls", "boolean", "Whether an answer may have more than one call"),
+    ("reasoning_effort", "string", "How much the model thinks, where its template reads it; none is not at all"),
+    ("include_reasoning", "boolean", "Whether an answer has the reasoning beside the content; true by default"),
+    ("documents", "array", "Objects that templates for retrieval write into the prompt"),
 ];
 
 const COMPLETIONS: &[Field] = &[
@@ -96,7 +102,7 @@ const COMPLETIONS: &[Field] = &[
 ];
 
 const RESPONSES: &[Field] = &[
-    ("input", "string|array", "A text, or messages"),
+    ("input", "string|array", "A text, or items: message, reasoning, function_call, function_call_output"),
     ("model", "string", "The served model's name"),
     ("instructions", "string", "A system message; not handed on"),
     ("previous_response_id", "string", "Goes on from a kept response"),
@@ -104,6 +110,10 @@ const RESPONSES: &[Field] = &[
     ("top_logprobs", "integer", "Likeliest tokens beside each"),
     ("include", "array", "message.output_text.logprobs"),
     ("text", "object", "format: text, json_object or json_schema"),
+    ("tools", "array", "Functions that the model may call: type, name and parameters"),
+    ("tool_choice", "string|object", "none, auto, required, or the function that is called"),
+    ("parallel_tool_calls", "boolean", "Whether an answer may have more than one call"),
+    ("reasoning", "object", "effort: how much the model thinks, where its template reads it"),
     ("metadata", "object", "Labels that come back"),
     ("store", "boolean", "Whether the response is kept; true by default"),
     ("background", "boolean", "Answers at once, and is read later"),
@@ -117,6 +127,10 @@ const MESSAGES: &[Field] = &[
     ("messages", "array", "The conversation: user and assistant; a last message of assistant is gone on with"),
     ("model", "string", "The served model's name"),
     ("system", "string|array", "What goes before the conversation"),
+    ("tools", "array", "What the model may call: name and input_schema"),
+    ("tool_choice", "object", "type: none, auto, any or tool; disable_parallel_tool_use"),
+    ("thinking", "object", "type: enabled, disabled or adaptive; display"),
+    ("output_config", "object", "format: json_schema; effort"),
 ];
 
 const MESSAGES_SAMPLING: &[Field] = &[
@@ -126,7 +140,6 @@ const MESSAGES_SAMPLING: &[Field] = &[
     ("stop_sequences", "array", "Texts that end the answer"),
     ("stream", "boolean", "Answers in events"),
     ("metadata", "object", "user_id: a label"),
-    ("output_config", "object", "format: json_schema"),
     ("service_tier", "string", "auto or standard_only"),
 ];
 
@@ -159,10 +172,13 @@ const OLLAMA: &[Field] = &[
         "num_predict, temperature, top_k, top_p, min_p, typical_p, repeat_penalty, stop, seed, num_ctx",
     ),
     ("keep_alive", "string|number", "Without an effect: the model stays"),
-    ("think", "boolean", "Must be false"),
+    ("think", "boolean|string", "Whether the model thinks first, or how much: low, medium or high"),
 ];
 
-const OLLAMA_CHAT: &[Field] = &[("messages", "array", "The conversation: role and content")];
+const OLLAMA_CHAT: &[Field] = &[
+    ("messages", "array", "The conversation: role, content, thinking, tool_calls, tool_name"),
+    ("tools", "array", "Functions that the model may call: type and function"),
+];
 const OLLAMA_GENERATE: &[Field] = &[
     ("prompt", "string", "What the user says, or where raw what is continued"),
     ("system", "string", "What goes before it"),

@@ -4,7 +4,9 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::error::ApiError;
-use crate::generation::{ChatInput, Limits, Tool, ToolCall, ToolChoice, invalid};
+use crate::generation::{
+    ChatInput, Limits, MAX_CALL_ID_BYTES, TOOL_NAME, Tool, ToolCall, ToolChoice, invalid, is_tool_name,
+};
 
 use super::fields::{Fields, Ignored, raw_list};
 
@@ -51,20 +53,7 @@ fn tool(raw: &RawValue, index: usize, ignored: &mut Ignored) -> Result<Tool, Api
     let name = fields.name("function");
     let Some(raw) = fields.raw("function") else { return Err(invalid(&name, "is needed")) };
     let mut function = Fields::of_value(raw, &name)?;
-    let Some(tool_name) = function.string("name")? else { return Err(invalid(&function.name("name"), "is needed")) };
-    // Where a call is enforced its arguments are exactly what the schema allows: there is nothing more to ask for.
-    function.bool("strict")?;
-    let parameters = function.name("parameters");
-    let tool = Tool {
-        name: tool_name,
-        description: function.string("description")?,
-        parameters: match function.raw("parameters") {
-            None => serde_json::json!({"type": "object", "properties": {}}),
-            Some(raw) => {
-                serde_json::from_str::<Value>(raw.get()).map_err(|_| invalid(&parameters, "must be an object"))?
-            }
-        },
-    };
+    let tool = described(&mut function, "parameters")?;
     let mut unknown = Ignored::default();
     function.without_path().note_ignored(&mut unknown);
     unknown.for_each(|name| ignored.add(&format!("tools[].function.{name}")));
@@ -72,6 +61,63 @@ fn tool(raw: &RawValue, index: usize, ignored: &mut Ignored) -> Result<Tool, Api
     fields.without_path().note_ignored(&mut unknown);
     unknown.for_each(|name| ignored.add(&format!("tools[].{name}")));
     Ok(tool)
+}
+
+/// A tool of the fields that describe it in every dialect; the schema's field has several names.
+pub(super) fn described(fields: &mut Fields<'_>, schema_field: &str) -> Result<Tool, ApiError> {
+    let name = function_name(fields)?;
+    // Where a call is enforced its arguments are exactly what the schema allows: there is nothing more to ask for.
+    fields.bool("strict")?;
+    let schema_name = fields.name(schema_field);
+    let parameters = match fields.raw(schema_field) {
+        None => serde_json::json!({"type": "object", "properties": {}}),
+        Some(raw) => serde_json::from_str(raw.get())
+            .ok()
+            .filter(Value::is_object)
+            .ok_or_else(|| invalid(&schema_name, "must be an object"))?,
+    };
+    Ok(Tool { name, description: fields.string("description")?, parameters })
+}
+
+/// The name of a tool or of one that is called.
+fn function_name(fields: &mut Fields<'_>) -> Result<String, ApiError> {
+    let Some(name) = fields.string("name")? else { return Err(invalid(&fields.name("name"), "is needed")) };
+    if !is_tool_name(&name) {
+        return Err(invalid(&fields.name("name"), TOOL_NAME));
+    }
+    Ok(name)
+}
+
+/// A call of the fields that hold it in dialects where it is an item of its own.
+pub(super) fn flat_call(fields: &mut Fields<'_>, id_field: &str, arguments_field: &str) -> Result<ToolCall, ApiError> {
+    Ok(ToolCall {
+        id: call_id(fields, id_field)?,
+        name: function_name(fields)?,
+        arguments: arguments(fields, arguments_field)?,
+    })
+}
+
+/// The identity of a call, which is needed.
+pub(super) fn call_id(fields: &mut Fields<'_>, field: &str) -> Result<String, ApiError> {
+    match fields.string(field)? {
+        None => Err(invalid(&fields.name(field), "is needed")),
+        Some(id) if id.len() > MAX_CALL_ID_BYTES => {
+            Err(invalid(&fields.name(field), format_args!("must have at most {MAX_CALL_ID_BYTES} bytes")))
+        }
+        Some(id) => Ok(id),
+    }
+}
+
+/// JSON in a string, or the object itself; nothing is no arguments.
+fn arguments(fields: &mut Fields<'_>, field: &str) -> Result<String, ApiError> {
+    match fields.raw(field) {
+        None => Ok("{}".to_owned()),
+        Some(raw) if raw.get().starts_with('{') => Ok(raw.get().to_owned()),
+        Some(_) => fields
+            .string(field)
+            .map_err(|_| invalid(&fields.name(field), "must be an object, or a string that holds one"))
+            .map(Option::unwrap_or_default),
+    }
 }
 
 fn tool_choice(raw: &RawValue) -> Result<ToolChoice, ApiError> {
@@ -111,16 +157,11 @@ pub(super) fn calls(fields: &mut Fields<'_>) -> Result<Vec<ToolCall>, ApiError> 
             let of_function = call.name("function");
             let Some(raw) = call.raw("function") else { return Err(invalid(&of_function, "is needed")) };
             let mut function = Fields::of_value(raw, &of_function)?;
-            let Some(function_name) = function.string("name")? else {
-                return Err(invalid(&function.name("name"), "is needed"));
-            };
-            let arguments = match function.raw("arguments") {
-                None => "{}".to_owned(),
-                // Some clients send the object itself.
-                Some(raw) if raw.get().starts_with('{') => raw.get().to_owned(),
-                Some(_) => function.string("arguments")?.unwrap_or_default(),
-            };
-            Ok(ToolCall { id: call.string("id")?.unwrap_or_default(), name: function_name, arguments })
+            Ok(ToolCall {
+                id: call.string("id")?.unwrap_or_default(),
+                name: function_name(&mut function)?,
+                arguments: arguments(&mut function, "arguments")?,
+            })
         })
         .collect()
 }

@@ -15,6 +15,7 @@ use crate::served_model::ServedModel;
 
 use super::fields::{Fields, Ignored, list, raw_list};
 use super::format::format;
+use super::items::note_unread_thinking;
 use super::receive::Body;
 use super::tools::{calls, tools};
 
@@ -129,17 +130,11 @@ impl Body for ChatBody {
 
     fn note_unread(&mut self, model: &ServedModel) {
         let Some(template) = model.chat_template() else { return };
-        let reads_thinking = template.mentions("enable_thinking") || template.mentions("thinking");
-        let reads_effort = template.mentions("reasoning_effort");
-        let is_switch = self.input.reasoning_effort.as_deref() == Some("none") && reads_thinking;
-        for (name, is_given, is_read) in [
-            ("reasoning_effort", self.input.reasoning_effort.is_some(), reads_effort || is_switch),
-            ("chat_template_kwargs.enable_thinking", self.input.enable_thinking.is_some(), reads_thinking),
-            ("documents", !self.input.documents.is_empty(), template.mentions("documents")),
-        ] {
-            if is_given && !is_read {
-                self.common.ignored.add(name);
-            }
+        let ignored = &mut self.common.ignored;
+        let switch = "chat_template_kwargs.enable_thinking";
+        note_unread_thinking(&self.input, template, switch, "reasoning_effort", ignored);
+        if !self.input.documents.is_empty() && !template.mentions("documents") {
+            ignored.add("documents");
         }
     }
 

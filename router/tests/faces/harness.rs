@@ -174,3 +174,36 @@ pub(crate) fn with(mut body: Value, extra: Value) -> Value {
     }
     body
 }
+
+/// What most models of these tests say.
+pub(crate) const SAID: &str = "a fox and a crow";
+
+/// A conversation of one message.
+pub(crate) fn user(text: &str) -> Value {
+    json!([{"role": "user", "content": text}])
+}
+
+/// Names and data of an event stream whose events have names.
+pub(crate) fn named(answer: &Answer) -> Vec<(String, Value)> {
+    let text = std::str::from_utf8(&answer.body).expect("UTF-8");
+    text.split("\n\n")
+        .filter(|event| !event.is_empty())
+        .map(|event| {
+            let (name, data) = event.split_once('\n').expect("two lines");
+            let name = name.strip_prefix("event: ").expect("a name").to_owned();
+            let data = data.strip_prefix("data: ").expect("data");
+            (name, serde_json::from_str(data).expect("JSON"))
+        })
+        .collect()
+}
+
+/// Objects of an answer of one a line.
+pub(crate) fn lines(answer: &Answer) -> Vec<Value> {
+    let text = std::str::from_utf8(&answer.body).expect("UTF-8");
+    text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+/// Objects of an event stream whose events have no names.
+pub(crate) fn data(answer: &Answer) -> Vec<Value> {
+    answer.events().iter().map(|event| serde_json::from_str(event).expect("JSON")).collect()
+}

@@ -1,6 +1,7 @@
 //! OpenAI's responses: made, streamed, made in the background, read again, gone on with, cancelled, deleted.
 
 mod body;
+mod events;
 mod store;
 mod wire;
 
@@ -21,8 +22,9 @@ use super::receive::{Parsed, receive};
 use super::stream::{SSE, streamed};
 
 use body::ResponsesBody;
+use events::ResponseStream;
 use store::Store;
-use wire::{Head, ResponseStream, Slot, Status};
+use wire::{Head, Slot, Status};
 
 /// What the handlers of responses share beside the service.
 #[derive(Clone)]
@@ -59,10 +61,10 @@ pub(super) async fn create(State(responses): State<Responses>, request: Request)
             return Err(error.into());
         }
     };
-    let mut messages = conversation.clone();
+    let mut input = ChatInput { messages: conversation.clone(), ..body.input };
     if let Some(instructions) = &body.instructions {
         let content = instructions.clone();
-        messages.insert(0, ChatMessage { role: "system".to_owned(), content, ..ChatMessage::default() });
+        input.messages.insert(0, ChatMessage { role: "system".to_owned(), content, ..ChatMessage::default() });
     }
     let defaults = service.model().defaults();
     let mut head = Head {
@@ -75,7 +77,7 @@ pub(super) async fn create(State(responses): State<Responses>, request: Request)
         instructions: body.instructions,
         max_output_tokens: body.max_output_tokens,
         metadata: body.metadata,
-        text: body.text,
+        said: body.said,
         previous: body.previous,
         temperature: body.params.temperature.or(defaults.temperature).unwrap_or(1.0),
         top_p: body.params.top_p.or(defaults.top_p).unwrap_or(1.0),
@@ -86,7 +88,7 @@ pub(super) async fn create(State(responses): State<Responses>, request: Request)
         endpoint: Endpoint::Responses,
         request_id: id.clone(),
         model: body.model,
-        input: Input::Chat(ChatInput { messages, include_reasoning: false, ..ChatInput::default() }),
+        input: Input::Chat(input),
         params: body.params,
     };
     let generation = ask.start(&service).await?;
@@ -127,7 +129,7 @@ fn conversation(store: &Store, body: &ResponsesBody) -> Result<Vec<ChatMessage>,
             },
         },
     };
-    messages.extend_from_slice(&body.input);
+    messages.extend_from_slice(&body.input.messages);
     Ok(messages)
 }
 
@@ -135,9 +137,9 @@ fn conversation(store: &Store, body: &ResponsesBody) -> Result<Vec<ChatMessage>,
 async fn finish(head: Head, mut slot: Option<Slot>, generation: Generation) -> Result<Value, ApiError> {
     match whole(generation).await {
         Ok(whole) => {
-            let response = head.ended(&whole.text, &whole.tokens, &whole.cause, whole.usage);
+            let response = head.ended(&whole.items, &whole.cause, whole.usage);
             if let Some(slot) = &mut slot {
-                slot.finish(&response, Some(&whole.text));
+                slot.finish(&response, Some(&whole.items));
             }
             Ok(response)
         }

@@ -117,8 +117,14 @@ impl Store {
 
 /// About what an entry takes.
 fn bytes_of(kept: &Kept) -> usize {
+    let of_message = |message: &ChatMessage| {
+        let calls = message.tool_calls.iter().map(|call| call.id.len() + call.name.len() + call.arguments.len() + 96);
+        let reasoning = message.reasoning.as_ref().map_or(0, String::len);
+        let id = message.tool_call_id.as_ref().map_or(0, String::len);
+        message.content.len() + message.role.len() + reasoning + id + calls.sum::<usize>() + 256
+    };
     let messages = kept.conversation.iter().flat_map(|messages| messages.iter());
-    let text: usize = messages.map(|message| message.content.len() + message.role.len() + 96).sum();
+    let text: usize = messages.map(of_message).sum();
     // The response holds the output once more, and the instructions.
     text + kept.response.to_string().len() + 1024
 }

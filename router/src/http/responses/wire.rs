@@ -1,12 +1,13 @@
-//! The response object, and the events of one that is streamed.
+//! The response object, and its place among those that are kept.
 
 use serde_json::{Value, json};
 
 use crate::error::ApiError;
-use crate::generation::{ChatMessage, GenerationEvent, StopCause, TokenInfo, Usage};
+use crate::generation::{ChatMessage, StopCause, TokenInfo, ToolCall, Usage};
 use crate::http::answer::ChatLogprobs;
-use crate::http::stream::{Framing, push_json, sse_named};
+use crate::http::items::{Item, Items};
 
+use super::body::Said;
 use super::store::Store;
 
 /// How a response stands.
@@ -44,7 +45,7 @@ pub(super) struct Head {
     pub(super) instructions: Option<String>,
     pub(super) max_output_tokens: Option<u64>,
     pub(super) metadata: Value,
-    pub(super) text: Value,
+    pub(super) said: Said,
     pub(super) previous: Option<String>,
     pub(super) temperature: f64,
     pub(super) top_p: f64,
@@ -70,16 +71,16 @@ impl Head {
             "max_output_tokens": self.max_output_tokens,
             "model": self.model,
             "output": output,
-            "parallel_tool_calls": true,
+            "parallel_tool_calls": self.said.parallel_tool_calls,
             "previous_response_id": self.previous,
-            "reasoning": {"effort": null, "summary": null},
+            "reasoning": {"effort": self.said.effort, "summary": null},
             "seed": self.seed,
             "service_tier": "default",
             "store": self.store,
             "temperature": self.temperature,
-            "text": self.text,
-            "tool_choice": "auto",
-            "tools": [],
+            "text": self.said.text,
+            "tool_choice": self.said.tool_choice,
+            "tools": self.said.tools,
             "top_logprobs": self.top_logprobs,
             "top_p": self.top_p,
             "truncation": "disabled",
@@ -103,32 +104,88 @@ impl Head {
         self.response(status, json!([]), error, Value::Null)
     }
 
-    /// With its one message.
-    pub(super) fn ended(&self, text: &str, tokens: &[TokenInfo], cause: &StopCause, usage: Usage) -> Value {
+    /// With all that it said. Where it ran out of tokens, its last item is not whole; a call always is.
+    pub(super) fn ended(&self, items: &Items, cause: &StopCause, usage: Usage) -> Value {
         let status = if matches!(cause, StopCause::Length) { Status::Incomplete } else { Status::Completed };
-        let item = self.item(status, json!([self.part(text, tokens)]));
-        self.response(status, json!([item]), Value::Null, usage_json(usage))
+        let items = items.as_slice();
+        let output = items.iter().enumerate().map(|(index, item)| {
+            let is_last = index + 1 == items.len();
+            self.item(index, item, if is_last { status } else { Status::Completed })
+        });
+        self.response(status, output.collect(), Value::Null, usage_json(usage))
     }
 
-    fn item_id(&self) -> String {
-        self.id.replacen("resp_", "msg_", 1)
+    pub(super) fn item_id(&self, index: usize, item: &Item) -> String {
+        let prefix = match item {
+            Item::Text { .. } => "msg",
+            Item::Reasoning(_) => "rs",
+            Item::Call(_) => "fc",
+        };
+        format!("{prefix}_{}_{index}", self.id.trim_start_matches("resp_"))
     }
 
-    fn item(&self, status: Status, content: Value) -> Value {
-        json!({
-            "id": self.item_id(),
-            "type": "message",
-            "status": status.name(),
-            "role": "assistant",
-            "content": content,
-        })
+    pub(super) fn item(&self, index: usize, item: &Item, status: Status) -> Value {
+        let id = self.item_id(index, item);
+        match item {
+            Item::Text { .. } => json!({
+                "id": id,
+                "type": "message",
+                "status": status.name(),
+                "role": "assistant",
+                "content": self.parts(item, status),
+            }),
+            Item::Reasoning(_) => json!({
+                "id": id,
+                "type": "reasoning",
+                "status": status.name(),
+                "summary": [],
+                "content": self.parts(item, status),
+                "encrypted_content": null,
+            }),
+            Item::Call(ToolCall { id: call_id, name, arguments }) => json!({
+                "id": id,
+                "type": "function_call",
+                "status": match status {
+                    Status::InProgress => status.name(),
+                    _ => Status::Completed.name(),
+                },
+                "call_id": call_id,
+                "name": name,
+                "arguments": match status {
+                    Status::InProgress => "",
+                    _ => arguments,
+                },
+            }),
+        }
     }
 
-    fn part(&self, text: &str, tokens: &[TokenInfo]) -> Value {
-        json!({"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs(tokens)})
+    /// The one part of an item, where it has begun.
+    fn parts(&self, item: &Item, status: Status) -> Value {
+        match status {
+            Status::InProgress => json!([]),
+            _ => json!([self.part(item)]),
+        }
     }
 
-    fn logprobs(&self, tokens: &[TokenInfo]) -> Value {
+    pub(super) fn part(&self, item: &Item) -> Value {
+        match item {
+            Item::Text { text, tokens } => {
+                json!({"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs(tokens)})
+            }
+            Item::Reasoning(text) => json!({"type": "reasoning_text", "text": text}),
+            Item::Call(_) => Value::Null,
+        }
+    }
+
+    /// A part of which nothing has come yet.
+    pub(super) fn empty_part(&self, item: &Item) -> Value {
+        match item {
+            Item::Reasoning(_) => self.part(&Item::Reasoning(String::new())),
+            _ => self.part(&Item::Text { text: String::new(), tokens: Vec::new() }),
+        }
+    }
+
+    pub(super) fn logprobs(&self, tokens: &[TokenInfo]) -> Value {
         if !self.wants_logprobs {
             return json!([]);
         }
@@ -141,7 +198,7 @@ fn usage_json(usage: Usage) -> Value {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens.saturating_add(usage.completion_tokens),
     })
 }
@@ -157,16 +214,12 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// The response's end; `text` is what it said, where there is something to go on from.
-    pub(super) fn finish(&mut self, response: &Value, text: Option<&str>) {
+    /// The response's end; `items` are what it said, where there is something to go on from.
+    pub(super) fn finish(&mut self, response: &Value, items: Option<&Items>) {
         self.is_finished = true;
         let mut conversation = std::mem::take(&mut self.conversation);
-        let conversation = text.map(|text| {
-            conversation.push(ChatMessage {
-                role: "assistant".to_owned(),
-                content: text.to_owned(),
-                ..ChatMessage::default()
-            });
+        let conversation = items.map(|items| {
+            conversation.push(items.message());
             conversation
         });
         self.store.finish(&self.id, response.clone(), conversation);
@@ -178,104 +231,5 @@ impl Drop for Slot {
         if !self.is_finished {
             self.store.finish(&self.id, self.cancelled.take(), None);
         }
-    }
-}
-
-/// Events of a streamed response.
-pub(super) struct ResponseStream {
-    head: Head,
-    slot: Option<Slot>,
-    text: String,
-    tokens: Vec<TokenInfo>,
-    cause: StopCause,
-    sequence: u64,
-    /// What every piece of text begins with.
-    delta: Vec<u8>,
-}
-
-impl ResponseStream {
-    pub(super) fn new(head: Head, slot: Option<Slot>) -> Self {
-        let mut delta =
-            b"event: response.output_text.delta\ndata: {\"type\":\"response.output_text.delta\",\"item_id\":".to_vec();
-        push_json(&head.item_id(), &mut delta);
-        delta.extend_from_slice(b",\"output_index\":0,\"content_index\":0,\"delta\":");
-        Self { head, slot, text: String::new(), tokens: Vec::new(), cause: StopCause::Length, sequence: 0, delta }
-    }
-
-    fn say(&mut self, name: &str, mut event: Value, out: &mut Vec<u8>) {
-        event["type"] = name.into();
-        event["sequence_number"] = self.sequence.into();
-        self.sequence += 1;
-        sse_named(name, &event, out);
-    }
-}
-
-impl Framing for ResponseStream {
-    fn begin(&mut self, out: &mut Vec<u8>) {
-        let response = self.head.begun(Status::InProgress);
-        self.say("response.created", json!({"response": response}), out);
-        self.say("response.in_progress", json!({"response": response}), out);
-        let item = self.head.item(Status::InProgress, json!([]));
-        self.say("response.output_item.added", json!({"output_index": 0, "item": item}), out);
-        let (item_id, part) = (self.head.item_id(), self.head.part("", &[]));
-        let added = json!({"item_id": item_id, "output_index": 0, "content_index": 0, "part": part});
-        self.say("response.content_part.added", added, out);
-    }
-
-    fn event(&mut self, _: usize, event: GenerationEvent, out: &mut Vec<u8>) {
-        match event {
-            GenerationEvent::Delta { text, tokens, .. } => {
-                if !text.is_empty() {
-                    out.extend_from_slice(&self.delta);
-                    push_json(&text, out);
-                    out.extend_from_slice(b",\"logprobs\":");
-                    push_json(&self.head.logprobs(&tokens), out);
-                    out.extend_from_slice(b",\"sequence_number\":");
-                    push_json(&self.sequence, out);
-                    out.extend_from_slice(b"}\n\n");
-                    self.sequence += 1;
-                }
-                self.text.push_str(&text);
-                if self.head.wants_logprobs {
-                    self.tokens.extend(tokens);
-                }
-            }
-            GenerationEvent::ChoiceFinished { cause, .. } => self.cause = cause,
-            // Neither tools nor reasoning are asked for by this dialect, and ends are framed by the stream.
-            GenerationEvent::Reasoning { .. }
-            | GenerationEvent::ToolCall { .. }
-            | GenerationEvent::PromptLogprobs { .. }
-            | GenerationEvent::Done { .. }
-            | GenerationEvent::Error(_) => {}
-        }
-    }
-
-    fn done(&mut self, usage: Usage, out: &mut Vec<u8>) {
-        let (text, tokens) = (std::mem::take(&mut self.text), std::mem::take(&mut self.tokens));
-        let item_id = self.head.item_id();
-        let logprobs = self.head.logprobs(&tokens);
-        let done = json!({
-            "item_id": item_id, "output_index": 0, "content_index": 0, "text": text, "logprobs": logprobs
-        });
-        self.say("response.output_text.done", done, out);
-        let part = self.head.part(&text, &tokens);
-        let done = json!({"item_id": item_id, "output_index": 0, "content_index": 0, "part": part});
-        self.say("response.content_part.done", done, out);
-        let response = self.head.ended(&text, &tokens, &self.cause, usage);
-        let done = json!({"output_index": 0, "item": response["output"][0]});
-        self.say("response.output_item.done", done, out);
-        if let Some(slot) = &mut self.slot {
-            slot.finish(&response, Some(&text));
-        }
-        let name = if matches!(self.cause, StopCause::Length) { "response.incomplete" } else { "response.completed" };
-        self.say(name, json!({"response": response}), out);
-    }
-
-    fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
-        let response = self.head.failed(error);
-        if let Some(slot) = &mut self.slot {
-            slot.finish(&response, None);
-        }
-        self.say("response.failed", json!({"response": response}), out);
     }
 }
