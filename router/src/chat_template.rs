@@ -4,19 +4,26 @@
 //! instruction and each byte made costs some), a recursion limit and a limit on what they write, and they see nothing
 //! but the conversation.
 
+mod dates;
+#[cfg(test)]
+mod tests;
+mod tojson;
+
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fmt::Write as _;
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value, ValueKind};
+use minijinja::value::{Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, context};
 use quire_engine::ModelSource;
 use serde::Deserialize;
 
 use crate::generation::{ChatMessage, Limits};
 use crate::served_model::LoadError;
+
+use dates::strftime;
+use tojson::to_json;
 
 /// Deepest nesting of macros and loops, and of values in `tojson`.
 const MAX_RECURSION: usize = 64;
@@ -337,147 +344,6 @@ fn strftime_now(state: &State, format: &str) -> Result<String, Error> {
     Ok(strftime(format, now))
 }
 
-/// A date in UTC. Knows what chat templates use; other directives stay as they are.
-fn strftime(format: &str, seconds: u64) -> String {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    let days = seconds / 86_400;
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    // Civil date from days since 1970 (Hinnant 2014), in the years from 1970 on.
-    let shifted = days + 719_468;
-    let era = shifted / 146_097;
-    let day_of_era = shifted % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let month_name = MONTHS[(month as usize - 1) % 12];
-    let day_name = DAYS[(days % 7) as usize];
-
-    let mut text = String::new();
-    let mut characters = format.chars();
-    while let Some(character) = characters.next() {
-        if character != '%' {
-            text.push(character);
-            continue;
-        }
-        // Writing to a string cannot fail.
-        let _ = match characters.next() {
-            Some('d') => write!(text, "{day:02}"),
-            Some('m') => write!(text, "{month:02}"),
-            Some('Y') => write!(text, "{year}"),
-            Some('y') => write!(text, "{:02}", year % 100),
-            Some('b') => write!(text, "{}", &month_name[..3]),
-            Some('B') => write!(text, "{month_name}"),
-            Some('a') => write!(text, "{}", &day_name[..3]),
-            Some('A') => write!(text, "{day_name}"),
-            Some('H') => write!(text, "{hour:02}"),
-            Some('I') => write!(text, "{:02}", (hour + 11) % 12 + 1),
-            Some('p') => write!(text, "{}", if hour < 12 { "AM" } else { "PM" }),
-            Some('M') => write!(text, "{minute:02}"),
-            Some('S') => write!(text, "{second:02}"),
-            Some('%') => write!(text, "%"),
-            Some(other) => write!(text, "%{other}"),
-            None => write!(text, "%"),
-        };
-    }
-    text
-}
-
-/// `tojson` as transformers has it: Python's `json.dumps` with `ensure_ascii=False`, and nothing escaped for HTML.
-fn to_json(state: &State, value: &Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    // Accepted because templates pass them; these are the only values that they can have here.
-    let _: (Option<Value>, Option<Value>, Option<Value>) =
-        (options.get("ensure_ascii")?, options.get("separators")?, options.get("sort_keys")?);
-    options.assert_all_used()?;
-    let mut text = String::new();
-    write_json(state, value, indent.map(|indent| indent.min(16)), 0, &mut text)?;
-    Ok(text)
-}
-
-fn write_json(
-    state: &State,
-    value: &Value,
-    indent: Option<usize>,
-    depth: usize,
-    text: &mut String,
-) -> Result<(), Error> {
-    if depth > MAX_RECURSION {
-        return Err(Error::new(ErrorKind::InvalidOperation, "the value is nested too deeply"));
-    }
-    state.consume_fuel(1)?;
-    let new_line = |text: &mut String, depth: usize| {
-        if let Some(indent) = indent {
-            text.push('\n');
-            text.extend(std::iter::repeat_n(' ', indent * depth));
-        }
-    };
-    let separator = if indent.is_some() { "," } else { ", " };
-    match value.kind() {
-        ValueKind::Undefined | ValueKind::None => text.push_str("null"),
-        ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
-        ValueKind::Number => {
-            let _ = write!(text, "{value}");
-        }
-        ValueKind::String => push_json_string(value.as_str().unwrap_or_default(), text),
-        ValueKind::Map => {
-            text.push('{');
-            let mut empty = true;
-            for key in value.try_iter()? {
-                text.push_str(if empty { "" } else { separator });
-                empty = false;
-                new_line(text, depth + 1);
-                match key.as_str() {
-                    Some(key) => push_json_string(key, text),
-                    None => push_json_string(&key.to_string(), text),
-                }
-                text.push_str(": ");
-                write_json(state, &value.get_item(&key)?, indent, depth + 1, text)?;
-            }
-            if !empty {
-                new_line(text, depth);
-            }
-            text.push('}');
-        }
-        ValueKind::Seq | ValueKind::Iterable => {
-            text.push('[');
-            let mut empty = true;
-            for item in value.try_iter()? {
-                text.push_str(if empty { "" } else { separator });
-                empty = false;
-                new_line(text, depth + 1);
-                write_json(state, &item, indent, depth + 1, text)?;
-            }
-            if !empty {
-                new_line(text, depth);
-            }
-            text.push(']');
-        }
-        _ => return Err(Error::new(ErrorKind::InvalidOperation, "the value has no JSON form")),
-    }
-    Ok(())
-}
-
-fn push_json_string(value: &str, text: &mut String) {
-    text.push_str(&serde_json::Value::from(value).to_string());
-}
-
 /// Templates for training mark the assistant's words with `{% generation %}`; to render them it means nothing. It becomes
 /// `{% if true %}`, so that the block's own white space rules stay.
 fn without_generation_tags(template: &str) -> String {
@@ -528,155 +394,5 @@ fn read_json<T: serde::de::DeserializeOwned>(source: &ModelSource, file: &'stati
         Some(bytes) => {
             serde_json::from_slice(&bytes).map(Some).map_err(|cause| LoadError { file, why: cause.to_string() })
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::{Duration, Instant};
-
-    use super::*;
-    use crate::generation::ToolCall;
-
-    fn message(role: &str, content: &str) -> ChatMessage {
-        ChatMessage { role: role.to_owned(), content: content.to_owned(), ..ChatMessage::default() }
-    }
-
-    fn options() -> RenderOptions {
-        RenderOptions { add_generation_prompt: true, now_seconds: 1_795_000_000, ..RenderOptions::default() }
-    }
-
-    fn render(template: &str, messages: &[ChatMessage]) -> Result<String, TemplateError> {
-        let special_tokens = vec![("bos_token", "<s>".to_owned()), ("eos_token", "</s>".to_owned())];
-        ChatTemplate::compile(template, special_tokens, &Limits::default())
-            .expect("compiles")
-            .render(messages, options())
-    }
-
-    #[test]
-    fn renders_what_models_ship() {
-        let check = |template: &str, expected: &str| {
-            let messages = [message("system", "Be brief."), message("user", "Hi"), message("assistant", " Yo ")];
-            assert_eq!(render(template, &messages).expect("renders"), expected, "{template}");
-        };
-        check(
-            "{% for message in messages %}\n    {%- if true %}\n    {{- '<|' + message['role'] + '|>' }}\n    {%- endif %}\n{{- message.content | trim }}\n  {% endfor %}",
-            "<|system|>Be brief.\n<|user|>Hi\n<|assistant|>Yo\n",
-        );
-        check(
-            "{{ bos_token }}{% set ns = namespace(seen=0) %}{% for m in messages[::-1] %}{% set ns.seen = ns.seen + 1 %}\
-             {% endfor %}{{ ns.seen }}{% if messages[0]['role'] == 'system' %}{{ messages[0].content.upper() }}{% endif %}",
-            "<s>3BE BRIEF.",
-        );
-        check("{% if tools is not none %}tools{% endif %}{{ 'a b'.split(' ') | length }}", "2");
-        check("{% generation %}{{ messages[1].content }}{%- endgeneration -%}\n !", "Hi!");
-        check("{{ {'a': [1, 2.5, none, true, '<é\"']} | tojson }}", "{\"a\": [1, 2.5, null, true, \"<é\\\"\"]}");
-        check("{{ [1] | tojson(indent=2) }}", "[\n  1\n]");
-        check("{% if enable_thinking is defined %}on{% else %}off{% endif %}", "off");
-        check("{{ strftime_now('%d %b %Y') }}", "18 Nov 2026");
-    }
-
-    #[test]
-    fn tools_calls_results_and_documents_are_there_for_templates_that_write_them() {
-        let template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for d in documents or [] %}{{ d.title }}{% endfor %}\
-            {% for m in messages %}{{ m.role }}:{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.city }})\
-            {{ c.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}{{ m.content }};{% endfor %}{{ reasoning_effort }}";
-        let template = ChatTemplate::compile(template, Vec::new(), &Limits::default()).expect("compiles");
-        let call =
-            ToolCall { id: "1".into(), name: "weather".into(), arguments: "{\"city\": \"Rome\", \"b\": 1}".into() };
-        let messages = [
-            ChatMessage { tool_calls: vec![call], ..message("assistant", "") },
-            ChatMessage { tool_call_id: Some("1".into()), ..message("tool", "sunny") },
-        ];
-        let options = RenderOptions {
-            tools: vec![serde_json::json!({"type": "function", "function": {"name": "weather"}})],
-            documents: vec![serde_json::json!({"title": "D", "text": "x"})],
-            reasoning_effort: Some("low".into()),
-            ..options()
-        };
-        let expected = "{\"type\": \"function\", \"function\": {\"name\": \"weather\"}}D\
-            assistant:weather(Rome){\"city\": \"Rome\", \"b\": 1};tool:1sunny;low";
-        assert_eq!(template.render(&messages, options).expect("renders"), expected);
-        assert_eq!(template.render(&[message("user", "x")], self::options()).expect("renders"), "user:x;");
-    }
-
-    #[test]
-    fn dates() {
-        assert_eq!(
-            strftime("%Y-%m-%d %H:%M:%S %a %A %b %B %y %p %I %% %q %", 0),
-            "1970-01-01 00:00:00 Thu Thursday Jan January 70 AM 12 % %q %"
-        );
-        assert_eq!(strftime("%Y-%m-%d %a", 951_782_400), "2000-02-29 Tue");
-        assert_eq!(strftime("%Y-%m-%d %H:%M %p", 4_102_444_799), "2099-12-31 23:59 PM");
-    }
-
-    #[test]
-    fn a_template_can_refuse_with_its_own_words_only() {
-        let own = "{{ raise_exception('Roles must alternate.') }}";
-        assert_eq!(render(own, &[]), Err(TemplateError::Raised("Roles must alternate.".into())));
-        let theirs = "{{ raise_exception('Not: ' + messages[0].content) }}";
-        assert_eq!(render(theirs, &[message("user", "my secret")]), Err(TemplateError::Refused));
-        let in_macro = "{% macro m() %}{{ raise_exception('No.') }}{% endmacro %}{{ m() }}";
-        assert_eq!(render(in_macro, &[]), Err(TemplateError::Raised("No.".into())));
-    }
-
-    #[test]
-    fn hostile_templates_are_stopped_in_time() {
-        let hostile = [
-            "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
-            "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
-            "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-            "{{ 'a' * 1000000000000 }}",
-            "{{ ('a' * 90000000) | length }}",
-            "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
-            "{% set ns = namespace() %}{% set ns.self = ns %}{{ ns | tojson }}",
-            "{{ range(1000000000) | list }}",
-            "{{ ('a,' * 1000000).split(',') | join('aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa') }}",
-            "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
-            "{{ 'a' | center(1000000000) }}",
-            "{{ '%1000000000d' | format(1) }}",
-            "{% for i in range(100000) %}aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa{% endfor %}",
-            "{{ messages.__class__.__mro__[1].__subclasses__() }}",
-            "{{ self._TemplateReference__context }}",
-            "{% include '/etc/passwd' %}",
-            "{% import 'os' as os %}{{ os.system('id') }}",
-            "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-        ];
-        for template in hostile {
-            let start = Instant::now();
-            let rendered = ChatTemplate::compile(template, Vec::new(), &Limits::default()).and_then(|template| {
-                template.render(&[message("user", "Hi")], options()).map_err(|error| error.to_string())
-            });
-            let elapsed = start.elapsed();
-            match rendered {
-                Err(why) => assert!(!why.contains("0x") && !why.contains("root:"), "{why}"),
-                Ok(text) => assert!(text.len() < 2 << 20, "{template}: {} bytes", text.len()),
-            }
-            // Twice: once when it is loaded, once when it is rendered. Debug builds run on slow machines too.
-            assert!(elapsed < Duration::from_millis(1000), "{template}: {elapsed:?}");
-        }
-    }
-
-    #[test]
-    fn output_is_bounded_by_input() {
-        let template = "{% for i in range(40) %}{{ messages[0].content }}{% endfor %}";
-        let limits = Limits { template_output_bytes: 1000, ..Limits::default() };
-        let template = ChatTemplate::compile(template, Vec::new(), &limits).expect("compiles");
-        let long = message("user", &"a".repeat(10_000));
-        assert_eq!(template.render(&[long], options()), Err(TemplateError::TooExpensive));
-        assert!(template.render(&[message("user", "a")], options()).is_ok());
-    }
-
-    #[test]
-    fn the_newer_name_of_the_system_role_is_for_templates_that_know_it() {
-        let messages = [message("developer", "x")];
-        assert_eq!(render("{{ messages[0].role }}", &messages), Ok("system".into()));
-        assert_eq!(render("{# developer #}{{ messages[0].role }}", &messages), Ok("developer".into()));
-    }
-
-    #[test]
-    fn generation_tags_are_found_in_every_spelling() {
-        assert_eq!(without_generation_tags("a{%-generation-%}b{% endgeneration %}"), "a{%-if true-%}b{% endif %}");
-        assert_eq!(without_generation_tags("{% if generation %}{%"), "{% if generation %}{%");
     }
 }

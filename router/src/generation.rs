@@ -5,8 +5,10 @@
 
 mod chat;
 mod choice;
+mod form;
 mod limits;
 mod plain;
+mod running;
 mod service;
 mod text;
 mod validate;
@@ -25,7 +27,8 @@ use crate::metrics::Endpoint;
 
 pub use chat::{ChatInput, ChatMessage, Tool, ToolCall, ToolChoice};
 pub use limits::Limits;
-pub use service::{Generation, GenerationService, ServiceParts};
+pub use running::Generation;
+pub use service::{GenerationService, ServiceParts};
 pub(crate) use text::{MAX_CALL_ID_BYTES, TOOL_NAME, is_tool_name};
 pub(crate) use validate::invalid;
 

@@ -4,13 +4,19 @@
 //! All series exist from the start, at zero, so that rates are defined before the first request. Without [`install`]
 //! recording does nothing: tests of other parts need no recorder.
 
+mod labels;
+mod request;
+
 use std::sync::OnceLock;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics::{Counter, Gauge, Histogram, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use quire_engine::scheduler::SchedulerStats;
 use quire_engine::{ModelInfo, StepObserver, StepReport};
+
+pub use labels::{Endpoint, Listener, Outcome};
+pub use request::RequestMetrics;
 
 const REQUESTS: &str = "quire_requests_total";
 const REQUESTS_WAITING: &str = "quire_requests_waiting";
@@ -133,152 +139,6 @@ pub fn catalogue() -> impl Iterator<Item = (&'static str, &'static str, &'static
         };
         (*name, kind, *help)
     })
-}
-
-/// Where a request came in; the `endpoint` label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Endpoint {
-    Chat,
-    Completions,
-    FimCompletions,
-    Infill,
-    Responses,
-    Messages,
-    CountTokens,
-    OllamaChat,
-    OllamaGenerate,
-    Tokenize,
-    Detokenize,
-    GrpcGenerate,
-    GrpcChat,
-    GrpcVllmGenerate,
-    GrpcModelInfer,
-}
-
-impl Endpoint {
-    const ALL: [Self; 15] = [
-        Self::Chat,
-        Self::Completions,
-        Self::FimCompletions,
-        Self::Infill,
-        Self::Responses,
-        Self::Messages,
-        Self::CountTokens,
-        Self::OllamaChat,
-        Self::OllamaGenerate,
-        Self::Tokenize,
-        Self::Detokenize,
-        Self::GrpcGenerate,
-        Self::GrpcChat,
-        Self::GrpcVllmGenerate,
-        Self::GrpcModelInfer,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Chat => "chat",
-            Self::Completions => "completions",
-            Self::FimCompletions => "fim_completions",
-            Self::Infill => "infill",
-            Self::Responses => "responses",
-            Self::Messages => "messages",
-            Self::CountTokens => "count_tokens",
-            Self::OllamaChat => "ollama_chat",
-            Self::OllamaGenerate => "ollama_generate",
-            Self::Tokenize => "tokenize",
-            Self::Detokenize => "detokenize",
-            Self::GrpcGenerate => "grpc_generate",
-            Self::GrpcChat => "grpc_chat",
-            Self::GrpcVllmGenerate => "grpc_vllm_generate",
-            Self::GrpcModelInfer => "grpc_model_infer",
-        }
-    }
-}
-
-/// How a request ended; the `outcome` label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// All choices ended by themselves.
-    Finished,
-    /// A field could not be served, or the model is unknown.
-    Invalid,
-    /// No valid key.
-    Unauthorized,
-    /// The queue was full.
-    Overloaded,
-    /// Starting or draining.
-    Unavailable,
-    /// The client left or cancelled.
-    Cancelled,
-    DeadlineExceeded,
-    /// A device failure or a bug.
-    Failed,
-}
-
-impl Outcome {
-    const ALL: [Self; 8] = [
-        Self::Finished,
-        Self::Invalid,
-        Self::Unauthorized,
-        Self::Overloaded,
-        Self::Unavailable,
-        Self::Cancelled,
-        Self::DeadlineExceeded,
-        Self::Failed,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Finished => "finished",
-            Self::Invalid => "invalid",
-            Self::Unauthorized => "unauthorized",
-            Self::Overloaded => "overloaded",
-            Self::Unavailable => "unavailable",
-            Self::Cancelled => "cancelled",
-            Self::DeadlineExceeded => "deadline_exceeded",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-impl From<&crate::error::ApiError> for Outcome {
-    fn from(error: &crate::error::ApiError) -> Self {
-        use crate::error::ApiError;
-        match error {
-            ApiError::Unauthorized => Self::Unauthorized,
-            ApiError::Overloaded { .. } => Self::Overloaded,
-            ApiError::Cancelled => Self::Cancelled,
-            ApiError::Internal { .. } => Self::Failed,
-            ApiError::Unavailable { .. } => Self::Unavailable,
-            ApiError::DeadlineExceeded => Self::DeadlineExceeded,
-            ApiError::InvalidRequest { .. }
-            | ApiError::ContextTooLong { .. }
-            | ApiError::ModelNotFound { .. }
-            | ApiError::NotFound { .. }
-            | ApiError::NotImplemented { .. }
-            | ApiError::TooLarge { .. } => Self::Invalid,
-            #[allow(unreachable_patterns, reason = "errors are added beside the table that maps them")]
-            _ => Self::Invalid,
-        }
-    }
-}
-
-/// Which listener a connection came to; the `listener` label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Listener {
-    Http,
-    Grpc,
-}
-
-impl Listener {
-    const ALL: [Self; 2] = [Self::Http, Self::Grpc];
-
-    pub(crate) fn label(self) -> &'static str {
-        match self {
-            Self::Http => "http",
-            Self::Grpc => "grpc",
-        }
-    }
 }
 
 /// Handles of every series whose labels are known before a model is.
@@ -429,114 +289,6 @@ impl Drop for OpenConnection {
     }
 }
 
-/// When the tokens of one choice came. Choices of one request come in the same steps: the gap between tokens of two of
-/// them says nothing.
-#[derive(Clone, Copy, Debug, Default)]
-struct TokenClock {
-    first_and_last: Option<(Instant, Instant)>,
-    num_tokens: u64,
-}
-
-impl TokenClock {
-    /// A token came; the time since the one before.
-    fn token(&mut self, now: Instant) -> Option<Duration> {
-        self.num_tokens += 1;
-        let (first, last) = self.first_and_last.unwrap_or((now, now));
-        self.first_and_last = Some((first, now));
-        (self.num_tokens > 1).then(|| now - last)
-    }
-
-    /// Between the first token and the last, for each one after the first.
-    fn seconds_per_token(&self) -> Option<f64> {
-        let (first, last) = self.first_and_last.filter(|_| self.num_tokens > 1)?;
-        Some((last - first).as_secs_f64() / (self.num_tokens - 1) as f64)
-    }
-}
-
-/// The clock of one request. Dropped without [`RequestMetrics::finish`] it counts as cancelled: the client left.
-#[derive(Debug)]
-pub struct RequestMetrics {
-    endpoint: Endpoint,
-    start: Instant,
-    has_token: bool,
-    /// By choice.
-    clocks: Vec<TokenClock>,
-    queued: bool,
-    ended: bool,
-}
-
-impl RequestMetrics {
-    /// Starts the clock.
-    pub fn start(endpoint: Endpoint) -> Self {
-        if let Some(handles) = HANDLES.get() {
-            handles.in_flight.increment(1.0);
-        }
-        let start = Instant::now();
-        Self { endpoint, start, has_token: false, clocks: Vec::new(), queued: true, ended: false }
-    }
-
-    /// A choice runs for the first time. The first call ends the request's time in the queue, later ones change nothing.
-    pub fn scheduled(&mut self) {
-        if std::mem::take(&mut self.queued)
-            && let Some(handles) = HANDLES.get()
-        {
-            handles.queue.record(self.start.elapsed());
-        }
-    }
-
-    /// Tokens of the prompt, and those of them that the prefix cache had. Once per request.
-    pub fn prompt_tokens(&mut self, num_tokens: u32, num_cached_tokens: u32) {
-        debug_assert!(num_cached_tokens <= num_tokens);
-        if let Some(handles) = HANDLES.get() {
-            handles.prompt_tokens.increment(u64::from(num_tokens));
-            handles.cached_prompt_tokens.increment(u64::from(num_cached_tokens));
-        }
-    }
-
-    /// A token was generated, of the choice in this place among the request's.
-    pub fn token(&mut self, place: usize) {
-        let now = Instant::now();
-        if place >= self.clocks.len() {
-            self.clocks.resize(place + 1, TokenClock::default());
-        }
-        let gap = self.clocks[place].token(now);
-        let is_first = !std::mem::replace(&mut self.has_token, true);
-        if let Some(handles) = HANDLES.get() {
-            handles.generation_tokens.increment(1);
-            if is_first {
-                handles.ttft.record(now - self.start);
-            }
-            if let Some(gap) = gap {
-                handles.itl.record(gap);
-            }
-        }
-    }
-
-    /// The request ended.
-    pub fn finish(mut self, outcome: Outcome) {
-        self.end(outcome);
-    }
-
-    fn end(&mut self, outcome: Outcome) {
-        if std::mem::replace(&mut self.ended, true) {
-            return;
-        }
-        let Some(handles) = HANDLES.get() else { return };
-        handles.in_flight.decrement(1.0);
-        handles.requests[self.endpoint as usize][outcome as usize].increment(1);
-        handles.duration.record(self.start.elapsed());
-        for seconds in self.clocks.iter().filter_map(TokenClock::seconds_per_token) {
-            handles.tpot.record(seconds);
-        }
-    }
-}
-
-impl Drop for RequestMetrics {
-    fn drop(&mut self) {
-        self.end(Outcome::Cancelled);
-    }
-}
-
 /// Feeds the histograms of steps, on the engine's thread.
 pub struct StepMetrics {
     plan: Histogram,
@@ -665,30 +417,5 @@ fn read_process(handles: &Handles) {
     if let Ok(entries) = std::fs::read_dir("/proc/self/fd") {
         // The directory being read is one of them.
         handles.fds.set(entries.count().saturating_sub(1) as f64);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn choices_have_clocks_of_their_own() {
-        let mut request = RequestMetrics::start(Endpoint::Chat);
-        let start = Instant::now();
-        let at = |millis| start + Duration::from_millis(millis);
-        request.clocks = vec![TokenClock::default(); 2];
-        for step in 1..=5 {
-            // Both choices get a token in each step.
-            let gap = (step > 1).then_some(Duration::from_millis(10));
-            assert_eq!(request.clocks[0].token(at(10 * step)), gap);
-            assert_eq!(request.clocks[1].token(at(10 * step + 1)), gap);
-        }
-        for clock in &request.clocks {
-            assert!((clock.seconds_per_token().unwrap() - 0.01).abs() < 1e-9);
-        }
-        request.token(2);
-        assert_eq!(request.clocks[2].seconds_per_token(), None, "one token has no pace");
-        request.finish(Outcome::Finished);
     }
 }
