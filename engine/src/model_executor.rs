@@ -266,17 +266,20 @@ impl<B: Backend> ModelExecutor<B> {
         batch.fill_up(size);
         model.tables.upload(backend, batch)?;
         let recorded = graphs.recorded(size);
-        if let Recorded::Ran = recorded
-            && let Some(graph) = backend.capture(|backend| model.decode(backend, size))?
-        {
-            *recorded = Recorded::Graph(graph);
+        if let Recorded::Ran = recorded {
+            let graph = backend.capture(|backend| model.decode(backend, size))?;
+            *recorded = graph.map_or(Recorded::Refused, Recorded::Graph);
         }
-        match recorded {
-            Recorded::Graph(graph) => backend.replay(graph)?,
-            Recorded::Never | Recorded::Ran => {
-                model.decode(backend, size)?;
-                *recorded = Recorded::Ran;
-            }
+        let has_run = match recorded {
+            Recorded::Graph(graph) => match backend.replay(graph) {
+                Err(KernelError::OutOfMemory { .. }) => false,
+                replayed => replayed.map(|()| true)?,
+            },
+            _ => false,
+        };
+        if !has_run {
+            model.decode(backend, size)?;
+            *recorded = if let Recorded::Never = recorded { Recorded::Ran } else { Recorded::Refused };
         }
         model.score_chosen(backend, batch, 0..num_sampled, num_top)
     }

@@ -160,12 +160,13 @@ pub trait Backend: Send + Sized + 'static {
 
     /// Records the operations that `operations` calls instead of running them: sizes and buffers are what they are now, the
     /// contents of buffers what they will be at each [`Backend::replay`]. They were run once before, with the same sizes;
-    /// nothing is written, read or allocated among them. `None`, and nothing is called, where a replay saves no time.
+    /// nothing is written, read or allocated among them. `None`, and nothing of it will run, where a replay saves no time or the
+    /// device has no memory for a recording.
     fn capture(
         &mut self,
         operations: impl FnOnce(&mut Self) -> Result<(), KernelError>,
     ) -> Result<Option<Self::Graph>, KernelError>;
-    /// Runs what was recorded.
+    /// Runs what was recorded. `KernelError::OutOfMemory` means that nothing of it ran.
     fn replay(&mut self, graph: &Self::Graph) -> Result<(), KernelError>;
     /// Whether [`Backend::capture`] records.
     fn can_capture(&self) -> bool;

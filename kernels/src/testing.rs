@@ -2,16 +2,20 @@
 
 mod blocks;
 mod emulator;
+#[cfg(unix)]
+pub mod fake_driver;
 
 pub use blocks::encode;
 pub use emulator::Emulator;
 
+use std::path::PathBuf;
+
 use half::bf16;
 
-use crate::DType;
 use crate::cpu::{CpuBackend, CpuConfig, CpuKv, Isa};
-use crate::cuda::CudaBackend;
+use crate::cuda::{CudaBackend, Device, Driver};
 use crate::kv_layout::{KvPlace, quantize};
+use crate::{DType, KernelError};
 
 /// How far a number may be from what is expected: `abs + rel * |expected|`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -187,13 +191,66 @@ pub fn cpu_backends(num_threads: &[usize]) -> Vec<CpuBackend> {
 
 /// The CUDA backend over the emulator; none where device code is not emulated, and a line that says so.
 pub fn emulated_backends() -> Vec<CudaBackend<Emulator>> {
-    match Emulator::new() {
-        Ok(device) => vec![CudaBackend::new(device).expect("little memory")],
+    emulated(None).into_iter().collect()
+}
+
+/// How a test that runs over the emulator and on a card gets its device, pretending to have so many multiprocessors.
+pub type OpenDevice<D> = fn(Option<u32>) -> Option<CudaBackend<D>>;
+
+/// The emulator, see [`OpenDevice`]; `None` is [`emulated_backends`]'s own number of multiprocessors.
+pub fn emulated(num_multiprocessors: Option<u32>) -> Option<CudaBackend<Emulator>> {
+    let device = match num_multiprocessors {
+        Some(number) => Emulator::with_multiprocessors(number),
+        None => Emulator::new(),
+    };
+    opened(device)
+}
+
+/// Where tests keep device code that the driver assembled, in the system's folder for temporary files.
+pub fn card_cache() -> PathBuf {
+    std::env::temp_dir().join("quire-cuda")
+}
+
+/// The first card, see [`OpenDevice`]; `None` is the card's own number of multiprocessors. A launch is planned for the number
+/// that is pretended, and runs on those that are there.
+pub fn card(num_multiprocessors: Option<u32>) -> Option<CudaBackend<Driver>> {
+    let mut driver = Driver::open(0, Some(card_cache()));
+    if let (Ok(driver), Some(number)) = (&mut driver, num_multiprocessors) {
+        driver.pretend_multiprocessors(number);
+    }
+    opened(driver)
+}
+
+fn opened<D: Device>(device: Result<D, KernelError>) -> Option<CudaBackend<D>> {
+    match device {
+        Ok(device) => Some(CudaBackend::new(device).expect("little memory")),
         Err(error) => {
             println!("skipped: {error}");
-            Vec::new()
+            None
         }
     }
+}
+
+/// Tests over CUDA devices: `<name>::emulated`, and `<name>::on_a_card`. Their body gets an [`OpenDevice`].
+#[macro_export]
+macro_rules! device_tests {
+    ($($name:ident: |$open:ident| $body:expr;)+) => { $(
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn emulated() {
+                let $open = quire_kernels::testing::emulated;
+                $body
+            }
+
+            #[test]
+            fn on_a_card() {
+                let $open = quire_kernels::testing::card;
+                $body
+            }
+        }
+    )+ };
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 //!
 //! A step that only decodes does the same operations each time, and only their sizes depend on how many sequences there are.
 //! So such a step is filled up to one of a few sizes, and each size is recorded when it comes for the second time: the
-//! first time it runs as it is, which makes its kernels ready.
+//! first time it runs as it is, which makes its kernels ready. A size that the device has no memory to record or to replay
+//! runs as it is from then on.
 
 /// Sizes that a batch is filled up to: few enough to be recorded, near enough that little is computed for nobody.
 const SIZES: [usize; 15] = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512];
@@ -14,6 +15,8 @@ pub(super) enum Recorded<G> {
     /// It ran once.
     Ran,
     Graph(G),
+    /// The device has no memory for its recording: it runs as it is from then on.
+    Refused,
 }
 
 /// The sizes, ascending, and their recordings.

@@ -213,12 +213,18 @@ impl<D: Device> Backend for CudaBackend<D> {
         &mut self,
         operations: impl FnOnce(&mut Self) -> Result<(), KernelError>,
     ) -> Result<Option<GraphId>, KernelError> {
-        self.device.begin_capture()?;
-        let recorded = operations(self);
-        // Ended in any case: the device cannot go on otherwise. What failed first is what is reported.
-        let graph = self.device.end_capture();
-        recorded?;
-        graph.map(Some)
+        let recorded = self.device.begin_capture().and_then(|()| {
+            let recorded = operations(self);
+            // Ended in any case: the device cannot go on otherwise. What failed first is what is reported.
+            let graph = self.device.end_capture();
+            recorded.and(graph)
+        });
+        match recorded {
+            Ok(graph) => Ok(Some(graph)),
+            // Nothing of it ran, and it can still be run as it is.
+            Err(KernelError::OutOfMemory { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     fn replay(&mut self, graph: &GraphId) -> Result<(), KernelError> {

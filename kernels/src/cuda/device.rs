@@ -189,13 +189,15 @@ pub trait Device: Send + Sized + 'static {
     /// device.
     unsafe fn launch(&mut self, launch: &Launch<'_>) -> Result<(), KernelError>;
 
-    /// From here to [`Self::end_capture`] launches and fills are recorded, not run. Nothing else is done in between. Every kernel was launched before.
+    /// From here to [`Self::end_capture`] launches and fills are recorded, not run. Nothing else is done in between. Every
+    /// kernel was launched before. [`KernelError::OutOfMemory`] of this, of what is recorded or of its end leaves the device as
+    /// it was, without a recording.
     fn begin_capture(&mut self) -> Result<(), KernelError>;
 
     /// Ends the recording. Where something failed in between, this is called all the same, and may fail too.
     fn end_capture(&mut self) -> Result<GraphId, KernelError>;
 
-    /// Runs what was recorded.
+    /// Runs what was recorded. [`KernelError::OutOfMemory`] means that nothing of it ran.
     fn replay(&mut self, graph: GraphId) -> Result<(), KernelError>;
 
     /// Waits for everything before.

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use cudarc::driver::result;
 use cudarc::driver::sys;
 
-use self::context::Context;
 pub(in crate::cuda) use self::context::failed;
+use self::context::{Context, not_taken};
 use self::modules::Modules;
 use self::pinned::{Pinned, UploadRing};
 use crate::KernelError;
@@ -29,7 +29,7 @@ pub struct Driver {
     /// Freed with the device.
     memory: Vec<sys::CUdeviceptr>,
     uploads: UploadRing,
-    stream: sys::CUstream,
+    stream: Stream,
     /// Last: all else is part of it.
     context: Arc<Context>,
 }
@@ -41,12 +41,22 @@ unsafe impl Send for Driver {}
 /// Most graphs that are kept.
 const MAX_GRAPHS: usize = 256;
 
+/// What the device may have no room for, in its errors.
+const RECORDING: &str = "a recording of launches";
+const REPLAY: &str = "a replay";
+
 /// Page-locked memory that a download goes to, and the event behind it.
 pub struct Readback {
     memory: Pinned,
     event: Event,
     /// Bytes of the last download.
     len: usize,
+}
+
+/// The queue.
+struct Stream {
+    handle: sys::CUstream,
+    context: Arc<Context>,
 }
 
 /// An event of a context.
@@ -75,11 +85,16 @@ impl Driver {
             let name = &facts.info.name;
             return Err(failure(format!("{name} has compute capability {major}.{minor}, 8.0 is the least")));
         }
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(|error| failed("no stream could be made", error))?;
+        let stream = Stream::new(&context)?;
         let uploads = UploadRing::new(&context)?;
         let modules = Modules::new(facts.compute_capability, cache_folder)?;
         Ok(Self { facts, modules, graphs: Vec::new(), memory: Vec::new(), uploads, stream, context })
+    }
+
+    /// Says from now on that it has so many multiprocessors: how launches are cut depends on it, results must not.
+    #[cfg(feature = "testing")]
+    pub fn pretend_multiprocessors(&mut self, number: u32) {
+        self.facts.num_multiprocessors = number;
     }
 }
 
@@ -102,10 +117,7 @@ impl Device for Driver {
             return Ok(DevicePtr::NULL);
         }
         // SAFETY: the memory is filled before anybody sees its address.
-        let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::OutOfMemory { what, bytes: bytes as u64 },
-            _ => failed("memory could not be taken", error),
-        })?;
+        let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|error| not_taken(what, bytes, error))?;
         self.memory.push(ptr);
         self.fill(DevicePtr(ptr), 0, bytes)?;
         Ok(DevicePtr(ptr))
@@ -113,14 +125,14 @@ impl Device for Driver {
 
     fn upload(&mut self, to: DevicePtr, bytes: &[u8]) -> Result<(), KernelError> {
         self.context.enter()?;
-        self.uploads.upload(to, bytes, self.stream)
+        self.uploads.upload(to, bytes, self.stream.handle)
     }
 
     fn download(&mut self, from: DevicePtr, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.context.enter()?;
         // SAFETY: the bytes are borrowed until the stream has been waited for; if that fails nothing is known to write to
         // them any more, as the context is lost.
-        unsafe { result::memcpy_dtoh_async(bytes, from.0, self.stream) }
+        unsafe { result::memcpy_dtoh_async(bytes, from.0, self.stream.handle) }
             .map_err(|error| failed("a download failed", error))?;
         self.synchronize()
     }
@@ -128,7 +140,7 @@ impl Device for Driver {
     fn fill(&mut self, to: DevicePtr, byte: u8, bytes: usize) -> Result<(), KernelError> {
         self.context.enter()?;
         // SAFETY: the caller fills memory that `alloc` gave.
-        unsafe { result::memset_d8_async(to.0, byte, bytes, self.stream) }
+        unsafe { result::memset_d8_async(to.0, byte, bytes, self.stream.handle) }
             .map_err(|error| failed("memory could not be filled", error))
     }
 
@@ -146,11 +158,11 @@ impl Device for Driver {
             }
             let to = &mut readback.memory.bytes_mut()[readback.len..][..len];
             // SAFETY: page-locked memory that nobody looks at before `finish_download` has waited for the event.
-            unsafe { result::memcpy_dtoh_async(to, from.0, self.stream) }
+            unsafe { result::memcpy_dtoh_async(to, from.0, self.stream.handle) }
                 .map_err(|error| failed("a download failed", error))?;
             readback.len += len;
         }
-        readback.event.record(self.stream)
+        readback.event.record(self.stream.handle)
     }
 
     fn finish_download<'a>(&mut self, readback: &'a mut Readback) -> Result<&'a [u8], KernelError> {
@@ -178,37 +190,45 @@ impl Device for Driver {
             *param = Arg::as_ptr(arg).cast_mut();
         }
         let [grid, block] = [grid, block].map(|[x, y, z]| (x, y, z));
+        let params = &mut params[..args.len()];
         // SAFETY: the function is of a loaded module; its arguments are the caller's promise, and are copied by the call.
-        unsafe { result::launch_kernel(function, grid, block, shared_bytes, self.stream, &mut params[..args.len()]) }
-            .map_err(|error| failed(&format!("{kernel} with blocks {grid:?} of threads {block:?}"), error))
+        unsafe { result::launch_kernel(function, grid, block, shared_bytes, self.stream.handle, params) }.map_err(
+            |error| match error.0 {
+                sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::OutOfMemory { what: "a launch", bytes: 0 },
+                _ => failed(&format!("{kernel} with blocks {grid:?} of threads {block:?}"), error),
+            },
+        )
     }
 
     fn begin_capture(&mut self) -> Result<(), KernelError> {
         self.context.enter()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is this device's.
-        unsafe { result::stream::begin_capture(self.stream, mode) }
-            .map_err(|error| failed("launches cannot be recorded", error))
+        unsafe { result::stream::begin_capture(self.stream.handle, mode) }
+            .map_err(|error| not_taken(RECORDING, 0, error))
     }
 
     fn end_capture(&mut self) -> Result<GraphId, KernelError> {
         self.context.enter()?;
-        let error = |error| failed("a recording could not be ended", error);
+        let error = |error| not_taken(RECORDING, 0, error);
         // SAFETY: the stream is this device's.
-        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(error)?;
+        let graph = unsafe { result::stream::end_capture(self.stream.handle) }.map_err(error)?;
         if graph.is_null() {
             return Err(failure("a recording was lost"));
         }
-        // SAFETY: the graph was just made, and is destroyed once.
-        let executable = unsafe {
-            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-            result::graph::destroy(graph).map_err(error)?;
-            executable.map_err(error)?
-        };
-        self.graphs.push(executable);
-        if self.graphs.len() > MAX_GRAPHS {
+        if self.graphs.len() >= MAX_GRAPHS {
+            // SAFETY: the graph was just made, and is destroyed once.
+            unsafe { result::graph::destroy(graph) }.map_err(error)?;
             return Err(failure(format!("more than {MAX_GRAPHS} recordings")));
         }
+        // SAFETY: the graph was just made, and is destroyed once.
+        unsafe {
+            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let destroyed = result::graph::destroy(graph);
+            let executable = executable.map_err(error)?;
+            self.graphs.push(executable);
+            destroyed.map_err(error)?;
+        };
         Ok(GraphId(self.graphs.len() as u32 - 1))
     }
 
@@ -218,14 +238,13 @@ impl Device for Driver {
             return Err(failure(format!("there is no recording {}", graph.0)));
         };
         // SAFETY: graphs live as long as the device.
-        unsafe { result::graph::launch(executable, self.stream) }
-            .map_err(|error| failed("a recording could not be replayed", error))
+        unsafe { result::graph::launch(executable, self.stream.handle) }.map_err(|error| not_taken(REPLAY, 0, error))
     }
 
     fn synchronize(&mut self) -> Result<(), KernelError> {
         self.context.enter()?;
         // SAFETY: the stream is this device's.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|error| failed("the device failed", error))
+        unsafe { result::stream::synchronize(self.stream.handle) }.map_err(|error| failed("the device failed", error))
     }
 }
 
@@ -237,7 +256,7 @@ impl Drop for Driver {
         // Whatever fails here fails because the context is lost, and all of it with the context.
         // SAFETY: each handle is this device's and is given back once, after the queue is empty.
         unsafe {
-            let _ = result::stream::synchronize(self.stream);
+            let _ = result::stream::synchronize(self.stream.handle);
             for graph in self.graphs.drain(..) {
                 let _ = result::graph::exec_destroy(graph);
             }
@@ -245,7 +264,23 @@ impl Drop for Driver {
                 let _ = result::free_sync(ptr);
             }
             self.modules.unload();
-            let _ = result::stream::destroy(self.stream);
+        }
+    }
+}
+
+impl Stream {
+    fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
+        let handle = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(|error| not_taken("a stream", 0, error))?;
+        Ok(Self { handle, context: Arc::clone(context) })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: made by `new`, destroyed once. An error means that the context is lost, and the stream with it.
+            let _ = unsafe { result::stream::destroy(self.handle) };
         }
     }
 }
@@ -253,7 +288,7 @@ impl Drop for Driver {
 impl Event {
     fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
         let handle = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
-            .map_err(|error| failed("no event could be made", error))?;
+            .map_err(|error| not_taken("an event", 0, error))?;
         Ok(Self { handle, context: Arc::clone(context) })
     }
 

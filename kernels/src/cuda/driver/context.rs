@@ -1,6 +1,7 @@
 //! A device's primary context.
 
 use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::result;
@@ -13,6 +14,8 @@ use crate::{DeviceInfo, KernelError};
 pub(super) struct Context {
     device: sys::CUdevice,
     handle: sys::CUcontext,
+    /// No two have the same: the driver may give the handle of a context that is gone to a later one.
+    id: u64,
 }
 
 // SAFETY: a context may be made current, and released, by any thread.
@@ -22,8 +25,10 @@ unsafe impl Sync for Context {}
 
 thread_local! {
     /// The context that [`Context::enter`] made current last.
-    static CURRENT: Cell<usize> = const { Cell::new(0) };
+    static CURRENT: Cell<u64> = const { Cell::new(0) };
 }
+
+static LAST_ID: AtomicU64 = AtomicU64::new(0);
 
 impl Context {
     /// Of a device that exists: the driver was initialised and lists it.
@@ -33,18 +38,17 @@ impl Context {
         // SAFETY: the device comes from the driver.
         let handle = unsafe { result::primary_ctx::retain(device) }
             .map_err(|error| failed("the device gives no context", error))?;
-        Ok(Self { device, handle })
+        Ok(Self { device, handle, id: LAST_ID.fetch_add(1, Ordering::Relaxed) + 1 })
     }
 
     /// Makes it the calling thread's own, as every call to the driver wants.
     pub(super) fn enter(&self) -> Result<(), KernelError> {
-        let id = self.handle as usize;
-        if CURRENT.get() == id {
+        if CURRENT.get() == self.id {
             return Ok(());
         }
         // SAFETY: the context is held.
         unsafe { result::ctx::set_current(self.handle) }.map_err(|error| failed("the context is lost", error))?;
-        CURRENT.set(id);
+        CURRENT.set(self.id);
         Ok(())
     }
 
@@ -78,8 +82,14 @@ impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: held by `of_device`, released once. The process goes on without the device if that fails.
         let _ = unsafe { result::primary_ctx::release(self.device) };
-        // The handle may be given out again.
-        CURRENT.set(0);
+    }
+}
+
+/// As [`failed`], where the device may have no room for `bytes` of `what`. Of a recording nobody knows how many: 0.
+pub(super) fn not_taken(what: &'static str, bytes: usize, error: DriverError) -> KernelError {
+    match error.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::OutOfMemory { what, bytes: bytes as u64 },
+        _ => failed(&format!("{what} could not be taken"), error),
     }
 }
 

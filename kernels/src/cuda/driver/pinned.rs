@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::{result, sys};
 
 use super::Event;
-use super::context::{Context, failed};
+use super::context::{Context, failed, not_taken};
 use crate::KernelError;
 use crate::cuda::device::DevicePtr;
 
@@ -22,12 +22,8 @@ unsafe impl Send for Pinned {}
 impl Pinned {
     pub(super) fn new(context: &Arc<Context>, len: usize) -> Result<Self, KernelError> {
         // SAFETY: the bytes are set below, before anybody can read them.
-        let ptr = unsafe { result::malloc_host(len.max(1), 0) }.map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                KernelError::OutOfMemory { what: "page-locked memory", bytes: len as u64 }
-            }
-            _ => failed("no page-locked memory", error),
-        })?;
+        let ptr = unsafe { result::malloc_host(len.max(1), 0) }
+            .map_err(|error| not_taken("page-locked memory", len, error))?;
         // SAFETY: just given, and at least `len` bytes long.
         unsafe { ptr.cast::<u8>().write_bytes(0, len) };
         Ok(Self { ptr: ptr.cast(), len, context: Arc::clone(context) })
