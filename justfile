@@ -57,6 +57,14 @@ ptx:
 ptx-check:
     python3 kernels/ptx/make.py --check
 
+# Builds what a machine with a card is to run, into benches/gpu/bin; there benches/gpu/run.sh runs it, without cargo.
+gpu PROFILE="release":
+    benches/gpu/build.sh {{PROFILE}}
+
+# The tables of benches/RESULTS.md of what run.sh wrote.
+gpu-table FOLDER="benches/gpu/out":
+    python3 benches/gpu/table.py {{FOLDER}}
+
 # Remakes the parity fixtures; needs Python with torch and transformers.
 fixtures:
     python3 tests/fixtures/make_parity.py

@@ -1,7 +1,13 @@
 //! Measuring without a server: the device alone, and a model driven step by step through plans of its scheduler.
 
+mod ops;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+pub use ops::{OpCase, OpEffort, OpFigure, ops};
+pub use quire_kernels::ops::rope_kv_write::AttentionShape;
+pub use quire_kernels::{DType, WeightFormat, WeightLayout};
 
 use quire_kernels::cpu::peaks;
 pub use quire_kernels::cpu::peaks::Peaks;
@@ -36,15 +42,59 @@ pub struct MachinePeaks {
 
 /// Measures the device that `config` asks for, some two seconds. Fails where it cannot be had.
 pub fn machine(config: &EngineConfig) -> Result<MachinePeaks, EngineError> {
-    let one_core = peaks_of(&EngineConfig { num_threads: 1, ..config.clone() })?.1;
-    let (device, all_cores) = peaks_of(config)?;
+    let one_core = with_device(&EngineConfig { num_threads: 1, ..config.clone() }, Describe)?.1;
+    let (device, all_cores) = with_device(config, Describe)?;
     Ok(MachinePeaks { device, one_core, all_cores })
 }
 
-fn peaks_of(config: &EngineConfig) -> Result<(DeviceInfo, Peaks), EngineError> {
-    match executor::open_device(config)?.0 {
-        Device::Cpu(backend) => Ok((backend.info(), peaks::measure(&backend)?)),
-        Device::Cuda(mut backend) => Ok((backend.info(), cuda::peaks::measure(&mut backend, Effort::FULL)?)),
+/// Something to be done on whatever device is opened.
+trait OnDevice {
+    type Output;
+
+    /// With the device's limits, and what is to be known of it.
+    fn run<B: Backend>(self, backend: B, peaks: Peaks, note: Option<String>) -> Result<Self::Output, EngineError>;
+}
+
+/// Opens and measures the device that `config` asks for.
+fn with_device<R: OnDevice>(config: &EngineConfig, task: R) -> Result<R::Output, EngineError> {
+    let (device, note) = executor::open_device(config)?;
+    match device {
+        Device::Cpu(backend) => {
+            let peaks = peaks::measure(&backend)?;
+            task.run(*backend, peaks, note)
+        }
+        Device::Cuda(mut backend) => {
+            let peaks = cuda::peaks::measure(&mut backend, Effort::FULL)?;
+            task.run(*backend, peaks, note)
+        }
+    }
+}
+
+struct Describe;
+
+impl OnDevice for Describe {
+    type Output = (DeviceInfo, Peaks);
+
+    fn run<B: Backend>(self, backend: B, peaks: Peaks, _note: Option<String>) -> Result<Self::Output, EngineError> {
+        Ok((backend.info(), peaks))
+    }
+}
+
+struct Load<'a> {
+    source: &'a ModelSource,
+    engine: &'a EngineConfig,
+    settings: &'a SchedulerSettings,
+}
+
+impl OnDevice for Load<'_> {
+    type Output = ModelBench;
+
+    fn run<B: Backend>(self, backend: B, peaks: Peaks, note: Option<String>) -> Result<ModelBench, EngineError> {
+        let Self { source, engine, settings } = self;
+        let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, note)?;
+        let work = executor.work();
+        let executor = Box::new(executor);
+        Ok(ModelBench { executor, info, peaks, kv_plan, settings: settings.clone(), work, num_requests: 0 })
     }
 }
 
@@ -103,31 +153,7 @@ impl ModelBench {
         engine: &EngineConfig,
         settings: &SchedulerSettings,
     ) -> Result<Self, EngineError> {
-        let (device, note) = executor::open_device(engine)?;
-        match device {
-            Device::Cpu(backend) => {
-                let peaks = peaks::measure(&backend)?;
-                Self::load_on(*backend, peaks, source, engine, settings, note)
-            }
-            Device::Cuda(mut backend) => {
-                let peaks = cuda::peaks::measure(&mut backend, Effort::FULL)?;
-                Self::load_on(*backend, peaks, source, engine, settings, note)
-            }
-        }
-    }
-
-    fn load_on<B: Backend>(
-        backend: B,
-        peaks: Peaks,
-        source: &ModelSource,
-        engine: &EngineConfig,
-        settings: &SchedulerSettings,
-        note: Option<String>,
-    ) -> Result<Self, EngineError> {
-        let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, note)?;
-        let work = executor.work();
-        let executor = Box::new(executor);
-        Ok(Self { executor, info, peaks, kv_plan, settings: settings.clone(), work, num_requests: 0 })
+        with_device(engine, Load { source, engine, settings })
     }
 
     /// The model as it is served.

@@ -1,5 +1,5 @@
-//! The CUDA engine without a card: the device code that is embedded for cards, run by the emulator under the very executor
-//! that serves, against the CPU.
+//! The device code that is embedded for cards, under the very executor that serves, against the CPU: run by the emulator, and on
+//! a card where there is one.
 
 use quire_engine::testing::{
     ChoiceOutcome, Recorder, TinyModel, prompt_logits, prompt_logits_on, read_all, start_on, start_on_cpu, submission,
@@ -7,7 +7,19 @@ use quire_engine::testing::{
 };
 use quire_engine::{DTypeChoice, EngineConfig, EngineHandle, KvDTypeChoice, QuantizeChoice, SchedulerSettings};
 use quire_kernels::cpu::Isa;
-use quire_kernels::testing::emulated_backends;
+use quire_kernels::cuda::Device;
+use quire_kernels::device_tests;
+use quire_kernels::testing::{OpenDevice, card};
+
+device_tests! {
+    logits_are_those_of_the_cpu: |open| check_logits(open);
+    a_batch_generates_the_tokens_that_the_cpu_does: |open| wait_for(check_batch(open));
+    a_request_alone_and_in_a_batch_has_the_same_bits: |open| wait_for(check_same_bits(open));
+}
+
+fn wait_for<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
 
 fn config(dtype: DTypeChoice) -> EngineConfig {
     EngineConfig { dtype, num_threads: 2, kv_cache_memory: 1 << 20, ..EngineConfig::default() }
@@ -36,8 +48,7 @@ fn deviation(found: &[f32], expected: &[f32]) -> f64 {
 
 /// Sums in another order; where numbers are rounded to few bits, one that lies near the edge may fall to its other side,
 /// and a tiny model spreads that far.
-#[test]
-fn logits_are_those_of_the_cpu_within_bounds() {
+fn check_logits<D: Device>(open: OpenDevice<D>) {
     let f32_alone = EngineConfig { ..config(DTypeChoice::F32) };
     let bf16 = config(DTypeChoice::Bf16);
     let cases = [
@@ -52,7 +63,7 @@ fn logits_are_those_of_the_cpu_within_bounds() {
     for (name, family, engine, bound) in cases {
         let source = tiny_model(3, family);
         let prompts = [prompt(1, 37)];
-        for backend in emulated_backends() {
+        if let Some(backend) = open(None) {
             let found = prompt_logits_on(backend, &source, &engine, &prompts, 32).unwrap();
             let expected = prompt_logits(&source, Isa::detect(), &engine, &prompts, 32).unwrap();
             let deviation = deviation(&found[0], &expected[0]);
@@ -79,13 +90,12 @@ async fn generate(handle: &EngineHandle, requests: &[(Vec<u32>, u32, f32)]) -> V
     outcomes
 }
 
-#[tokio::test]
-async fn a_batch_generates_the_tokens_that_the_cpu_does() {
+async fn check_batch<D: Device>(open: OpenDevice<D>) {
     let source = tiny_model(3, TinyModel::Llama);
     let engine = config(DTypeChoice::F32);
     let observer = || Box::new(Recorder::default());
     let requests = [(prompt(1, 5), 9, 0.0), (prompt(2, 18), 7, 0.0), (prompt(3, 30), 5, 0.8)];
-    for backend in emulated_backends() {
+    if let Some(backend) = open(None) {
         let card = start_on(backend, &source, &engine, &settings(), observer()).unwrap();
         let cpu = start_on_cpu(&source, Isa::detect(), &engine, &settings(), observer()).unwrap();
         let (found, expected) = (generate(&card, &requests).await, generate(&cpu, &requests).await);
@@ -102,16 +112,15 @@ async fn a_batch_generates_the_tokens_that_the_cpu_does() {
 }
 
 /// The first promise: what a request gets depends on nobody else, whether steps are filled up and replayed or not.
-#[tokio::test]
-async fn a_request_alone_and_in_a_batch_has_the_same_bits() {
+async fn check_same_bits<D: Device>(open: OpenDevice<D>) {
     let source = tiny_model(3, TinyModel::Llama);
     let engine = config(DTypeChoice::Bf16);
     let observer = || Box::new(Recorder::default());
     let requests = [(prompt(1, 5), 6, 0.7), (prompt(2, 18), 6, 0.7), (prompt(3, 33), 6, 0.7)];
-    for backend in emulated_backends() {
+    if let Some(backend) = open(None) {
         let together = start_on(backend, &source, &engine, &settings(), observer()).unwrap();
         let together = generate(&together, &requests).await;
-        for backend in emulated_backends() {
+        if let Some(backend) = open(None) {
             let narrow =
                 SchedulerSettings { max_num_seqs: 2, max_num_batched_tokens: 16, prefix_cache: false, ..settings() };
             let alone = start_on(backend, &source, &engine, &narrow, observer()).unwrap();
@@ -122,5 +131,33 @@ async fn a_request_alone_and_in_a_batch_has_the_same_bits() {
             };
             assert_eq!(bits(&alone[0]), bits(&together[0]));
         }
+    }
+}
+
+/// The same at every size of a batch that is served, which a card alone does in time.
+#[test]
+fn a_request_has_the_same_bits_in_batches_of_1_to_256_on_a_card() {
+    let source = tiny_model(3, TinyModel::Llama);
+    let engine = EngineConfig { kv_cache_memory: 64 << 20, ..config(DTypeChoice::Bf16) };
+    let settings =
+        SchedulerSettings { max_num_seqs: 256, max_num_batched_tokens: 2048, prefix_cache: false, ..settings() };
+    let Some(backend) = card(None) else { return };
+    let handle = start_on(backend, &source, &engine, &settings, Box::new(Recorder::default())).unwrap();
+    let bits = |outcome: &ChoiceOutcome| -> Vec<(u32, u32)> {
+        let logprobs = outcome.logprobs.iter().map(|logprobs| logprobs.as_ref().unwrap().logprob.to_bits());
+        outcome.tokens.iter().copied().zip(logprobs).collect()
+    };
+    // Seeds go by place, so the first request is the same in every batch.
+    let requests: Vec<(Vec<u32>, u32, f32)> = (0..256).map(|index| (prompt(index, 3 + index % 40), 12, 0.7)).collect();
+    let alone = bits(&wait_for(generate(&handle, &requests[..1]))[0]);
+    assert_eq!(alone.len(), 12);
+    let mut last: Vec<Vec<(u32, u32)>> = Vec::new();
+    for size in (1..=64).chain([65, 96, 97, 127, 128, 129, 160, 192, 193, 255, 256]) {
+        let outcomes = wait_for(generate(&handle, &requests[..size]));
+        let outcomes: Vec<_> = outcomes.iter().map(bits).collect();
+        assert_eq!(outcomes[0], alone, "in a batch of {size}");
+        // All that were there before have the bits that they had.
+        assert!(last.iter().zip(&outcomes).all(|(before, now)| before == now), "in a batch of {size}");
+        last = outcomes;
     }
 }

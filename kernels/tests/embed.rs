@@ -1,22 +1,24 @@
 //! `embed` on every backend against its reference: data movement, so exact.
 
 use quire_kernels::ops::embed::{Embed, reference};
-use quire_kernels::testing::{POISON, Rng, assert_same_bits, cpu_backends, emulated_backends};
+use quire_kernels::testing::{POISON, Rng, assert_same_bits, cpu_backends};
 use quire_kernels::weight_format::{Codes, Grouping};
-use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
+use quire_kernels::{
+    Backend, DType, HostTensor, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource, device_tests,
+};
 
 fn bytes_of(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
 #[test]
-fn rows_come_out_as_they_were_packed() {
+fn rows_come_out_as_they_were_packed_for_the_cpu() {
     rows_come_out_of(cpu_backends(&[1, 3]));
 }
 
-#[test]
-fn rows_come_out_as_they_were_packed_for_an_emulated_device() {
-    rows_come_out_of(emulated_backends());
+device_tests! {
+    rows_come_out_as_they_were_packed: |open| rows_come_out_of(open(None).into_iter().collect());
+    indices_past_their_tables_are_told_when_it_is_read: |open| open(None).into_iter().for_each(tells_of_bad_indices);
 }
 
 fn rows_come_out_of<B: Backend>(backends: Vec<B>) {
@@ -110,29 +112,26 @@ fn wrong_arguments_are_named() {
     }
 }
 
-#[test]
-fn a_device_tells_of_indices_past_their_tables_when_it_is_read() {
-    for mut backend in emulated_backends() {
-        let bytes = bytes_of(&[1.0; 12]);
-        let part = HostTensor { format: TensorFormat::F32, rows: 4, cols: 3, bytes: &bytes };
-        let source = WeightSource { parts: vec![part], layout: WeightLayout::Stacked, format: WeightFormat::Bf16 };
-        let table = backend.pack_weight(&source).expect("a good source");
-        for (tokens, indices, argument, value, limit) in
-            [([0, 1], [0, 2], "token_indices", 2, 2), ([0, 4], [0, 1], "token_table", 4, 4)]
-        {
-            let mut token_table = backend.alloc(DType::U32, 2).expect("small");
-            backend.write_u32(&mut token_table, 0, &tokens).expect("fits");
-            let mut token_indices = backend.alloc(DType::U32, 2).expect("small");
-            backend.write_u32(&mut token_indices, 0, &indices).expect("fits");
-            let mut out = backend.alloc(DType::F32, 6).expect("small");
-            let (token_table, token_indices) = (&token_table, &token_indices);
-            let args = Embed { table: &table, token_table, token_indices, num_tokens: 2, out: &mut out };
-            backend.embed(args).expect("sizes fit");
-            let mut after = vec![7.0; 6];
-            let found = backend.read_f32(&out, 0, &mut after);
-            assert_eq!(found, Err(KernelError::Range { op: "embed", argument, value, limit }));
-            backend.read_f32(&out, 0, &mut after).expect("fits");
-            assert_eq!(after, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], "the other row is there");
-        }
+fn tells_of_bad_indices<B: Backend>(mut backend: B) {
+    let bytes = bytes_of(&[1.0; 12]);
+    let part = HostTensor { format: TensorFormat::F32, rows: 4, cols: 3, bytes: &bytes };
+    let source = WeightSource { parts: vec![part], layout: WeightLayout::Stacked, format: WeightFormat::Bf16 };
+    let table = backend.pack_weight(&source).expect("a good source");
+    for (tokens, indices, argument, value, limit) in
+        [([0, 1], [0, 2], "token_indices", 2, 2), ([0, 4], [0, 1], "token_table", 4, 4)]
+    {
+        let mut token_table = backend.alloc(DType::U32, 2).expect("small");
+        backend.write_u32(&mut token_table, 0, &tokens).expect("fits");
+        let mut token_indices = backend.alloc(DType::U32, 2).expect("small");
+        backend.write_u32(&mut token_indices, 0, &indices).expect("fits");
+        let mut out = backend.alloc(DType::F32, 6).expect("small");
+        let (token_table, token_indices) = (&token_table, &token_indices);
+        let args = Embed { table: &table, token_table, token_indices, num_tokens: 2, out: &mut out };
+        backend.embed(args).expect("sizes fit");
+        let mut after = vec![7.0; 6];
+        let found = backend.read_f32(&out, 0, &mut after);
+        assert_eq!(found, Err(KernelError::Range { op: "embed", argument, value, limit }));
+        backend.read_f32(&out, 0, &mut after).expect("fits");
+        assert_eq!(after, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], "the other row is there");
     }
 }

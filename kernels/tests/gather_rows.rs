@@ -1,8 +1,8 @@
 //! Rows picked by index: data movement, so exact.
 
 use quire_kernels::ops::gather_rows::{GatherRows, reference};
-use quire_kernels::testing::{POISON, Rng, assert_same_bits, cpu_backends, emulated_backends};
-use quire_kernels::{Backend, DType, KernelError};
+use quire_kernels::testing::{POISON, Rng, assert_same_bits, cpu_backends};
+use quire_kernels::{Backend, DType, KernelError, device_tests};
 
 fn rows_are_copied_exactly<B: Backend>(mut backends: Vec<B>) {
     let mut rng = Rng::new(1);
@@ -34,9 +34,9 @@ fn rows_are_copied_exactly_on_the_cpu() {
     rows_are_copied_exactly(cpu_backends(&[1, 2]));
 }
 
-#[test]
-fn rows_are_copied_exactly_on_an_emulated_device() {
-    rows_are_copied_exactly(emulated_backends());
+device_tests! {
+    rows_are_copied_exactly: |open| rows_are_copied_exactly(open(None).into_iter().collect());
+    an_index_past_the_end_is_told: |open| open(None).into_iter().for_each(tells_of_an_index_past_the_end);
 }
 
 /// What the operation says, what reading says after it, and what is in the results.
@@ -68,11 +68,8 @@ fn an_index_past_the_end_is_refused_before_anything_is_written() {
     assert_eq!(gather(backend, 2, 3), (Err(TOO_FEW), Ok(()), vec![7.0; 8]));
 }
 
-#[test]
-fn a_device_tells_of_an_index_past_the_end_when_it_is_read() {
-    for backend in &mut emulated_backends() {
-        let copied = [[0.0; 4], [7.0; 4]].concat();
-        assert_eq!(gather(backend, 3, 2), (Ok(()), Err(PAST_THE_END), copied));
-        assert_eq!(gather(backend, 2, 3), (Err(TOO_FEW), Ok(()), vec![7.0; 8]));
-    }
+fn tells_of_an_index_past_the_end<B: Backend>(mut backend: B) {
+    let copied = [[0.0; 4], [7.0; 4]].concat();
+    assert_eq!(gather(&mut backend, 3, 2), (Ok(()), Err(PAST_THE_END), copied));
+    assert_eq!(gather(&mut backend, 2, 3), (Err(TOO_FEW), Ok(()), vec![7.0; 8]));
 }

@@ -1,9 +1,9 @@
-//! Log probabilities on every instruction set, and on an emulated device, against their meaning.
+//! Log probabilities on every instruction set, in the emulator and on a card, against their meaning.
 
 use quire_kernels::ops::logprobs::{Logprobs, LogprobsAt, reference};
 use quire_kernels::ops::sample::NON_FINITE;
-use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends, emulated_backends};
-use quire_kernels::{Backend, DType, KernelError};
+use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends};
+use quire_kernels::{Backend, DType, KernelError, device_tests};
 
 /// The sum of up to 152k exponentials is off by 4e-7 of itself, so its logarithm by that; the result is rounded once.
 const TOLERANCE: Tolerance = Tolerance { abs: 5e-7, rel: 1e-7 };
@@ -53,13 +53,19 @@ fn logprobs<B: Backend>(
 }
 
 #[test]
-fn close_to_the_reference_with_exact_ranks() {
+fn the_cpu_is_close_to_the_reference_with_exact_ranks() {
     check_vocabularies(cpu_backends(&[1, 2]), &[1, 5, 16, 17, 33, 1000, 151_936]);
 }
 
-#[test]
-fn an_emulated_device_is_close_to_the_reference_with_exact_ranks() {
-    check_vocabularies(emulated_backends(), &[1, 5, 33, 1100, 4097]);
+device_tests! {
+    close_to_the_reference_with_exact_ranks: |open| {
+        check_vocabularies(open(None).into_iter().collect(), &[1, 5, 33, 1100, 4097]);
+    };
+    a_row_has_the_same_bits_in_any_batch: |open| open(None).into_iter().for_each(|backend| {
+        same_bits_in_any_batch(&mut [backend]);
+    });
+    rows_that_are_not_finite_end_without_harm: |open| not_finite_rows_end(open(None).into_iter().collect());
+    what_does_not_fit_is_named: |open| open(None).into_iter().for_each(name_what_does_not_fit);
 }
 
 /// All of a vocabulary in order is much work for an emulator.
@@ -105,9 +111,8 @@ fn check_vocabularies<B: Backend>(mut backends: Vec<B>, vocab_sizes: &[usize]) {
 }
 
 #[test]
-fn a_row_has_the_same_bits_in_any_batch() {
+fn a_row_has_the_same_bits_in_any_batch_on_the_cpu() {
     cpu_backends(&[1, 2, 3]).chunks_mut(3).for_each(same_bits_in_any_batch);
-    emulated_backends().chunks_mut(1).for_each(same_bits_in_any_batch);
 }
 
 /// `backends` compute alike.
@@ -128,9 +133,8 @@ fn same_bits_in_any_batch<B: Backend>(backends: &mut [B]) {
 }
 
 #[test]
-fn rows_that_are_not_finite_end_without_harm() {
+fn rows_that_are_not_finite_end_without_harm_on_the_cpu() {
     not_finite_rows_end(cpu_backends(&[1]));
-    not_finite_rows_end(emulated_backends());
 }
 
 fn not_finite_rows_end<B: Backend>(backends: Vec<B>) {
@@ -150,9 +154,8 @@ fn not_finite_rows_end<B: Backend>(backends: Vec<B>) {
 }
 
 #[test]
-fn what_does_not_fit_is_named() {
+fn what_does_not_fit_is_named_by_the_cpu() {
     name_what_does_not_fit(cpu_backends(&[1]).remove(0));
-    emulated_backends().into_iter().for_each(name_what_does_not_fit);
 }
 
 fn name_what_does_not_fit<B: Backend>(mut backend: B) {

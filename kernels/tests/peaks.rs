@@ -1,21 +1,25 @@
 //! What a card can do at most is measured by kernels that do what they are said to do.
 
-use quire_kernels::cuda::CudaBackend;
 use quire_kernels::cuda::peaks::{Effort, measure};
 use quire_kernels::cuda::recorder::{Call, Recorder};
-use quire_kernels::testing::Emulator;
+use quire_kernels::cuda::{CudaBackend, Device};
+use quire_kernels::testing::{card, emulated};
 
 const EFFORT: Effort = Effort { read_bytes: 20_000 * 16, rounds: 2 };
 
 #[test]
 fn every_kernel_runs_and_reads_memory_that_is_there() {
-    let Ok(emulator) = Emulator::new() else {
-        println!("skipped: no C++ compiler");
-        return;
-    };
-    let mut backend = CudaBackend::new(emulator).expect("memory");
     // The emulator refuses what is past the memory, and waits that never end.
-    let peaks = measure(&mut backend, EFFORT).expect("nothing is wrong");
+    emulated(None).into_iter().for_each(|backend| check_figures(backend, EFFORT));
+}
+
+#[test]
+fn figures_on_a_card() {
+    card(None).into_iter().for_each(|backend| check_figures(backend, Effort::FULL));
+}
+
+fn check_figures<D: Device>(mut backend: CudaBackend<D>, effort: Effort) {
+    let peaks = measure(&mut backend, effort).expect("nothing is wrong");
     let figures = [
         peaks.read_bytes_per_second,
         peaks.bf16_flops_per_second,

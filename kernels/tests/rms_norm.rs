@@ -1,8 +1,8 @@
-//! Root mean square normalisation on every instruction set, and on an emulated device, against its meaning.
+//! Root mean square normalisation on every instruction set, in the emulator and on a card, against its meaning.
 
 use quire_kernels::ops::rms_norm::{RmsNorm, reference};
-use quire_kernels::testing::{POISON, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends, emulated_backends};
-use quire_kernels::{Backend, DType, KernelError};
+use quire_kernels::testing::{POISON, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends};
+use quire_kernels::{Backend, DType, KernelError, device_tests};
 
 const EPS: f32 = 1e-5;
 
@@ -43,9 +43,12 @@ fn close_to_the_reference_on_the_cpu() {
     close_to_the_reference(cpu_backends(&[1]));
 }
 
-#[test]
-fn close_to_the_reference_on_an_emulated_device() {
-    close_to_the_reference(emulated_backends());
+device_tests! {
+    close_to_the_reference: |open| close_to_the_reference(open(None).into_iter().collect());
+    a_row_has_the_same_bits_in_any_batch: |open| open(None).into_iter().for_each(|backend| {
+        a_row_has_the_same_bits_in_any_batch(&mut [backend]);
+    });
+    wrong_shapes_are_named: |open| open(None).into_iter().for_each(wrong_shapes_are_named_by);
 }
 
 /// `backends` compute alike.
@@ -65,14 +68,8 @@ fn a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
 }
 
 #[test]
-fn a_row_has_the_same_bits_in_any_batch_on_an_emulated_device() {
-    emulated_backends().chunks_mut(1).for_each(a_row_has_the_same_bits_in_any_batch);
-}
-
-#[test]
-fn wrong_shapes_are_named() {
+fn wrong_shapes_are_named_by_the_cpu() {
     wrong_shapes_are_named_by(cpu_backends(&[1]).remove(0));
-    emulated_backends().into_iter().for_each(wrong_shapes_are_named_by);
 }
 
 fn wrong_shapes_are_named_by<B: Backend>(mut backend: B) {

@@ -1,12 +1,12 @@
-//! Rotated queries and the written cache on every instruction set, and on an emulated device, against their meaning.
+//! Rotated queries and the written cache on every instruction set, in the emulator and on a card, against their meaning.
 
 use half::bf16;
 use quire_kernels::cpu::{CpuBackend, CpuKv};
 use quire_kernels::cuda::{CudaBackend, CudaKv, Device};
 use quire_kernels::kv_layout::KvPlace;
 use quire_kernels::ops::rope_kv_write::{AttentionShape, NO_SLOT, QkNorm, RopeKvWrite, reference};
-use quire_kernels::testing::{Emulator, Rng, Tolerance, assert_close, cpu_backends, emulated_backends, read_kv};
-use quire_kernels::{Backend, DType, KernelError, KvLayout};
+use quire_kernels::testing::{Rng, Tolerance, assert_close, cpu_backends, read_kv};
+use quire_kernels::{Backend, DType, KernelError, KvLayout, device_tests};
 
 /// Two products and a sum, each rounded to 24 bits; with the norm before them, its 2e-6 too. Relative to the
 /// larger of two numbers that may cancel, which is why there is an absolute part.
@@ -99,7 +99,7 @@ impl ReadCache for CpuBackend {
     }
 }
 
-impl ReadCache for CudaBackend<Emulator> {
+impl<D: Device> ReadCache for CudaBackend<D> {
     fn host_cache(&mut self, kv: &CudaKv) -> CpuKv {
         let mut bytes = vec![0; kv.layout().total_bytes()];
         self.device().download(kv.ptr(), &mut bytes).expect("the cache is there");
@@ -159,10 +159,22 @@ fn cases() -> Vec<Case> {
     cases
 }
 
+device_tests! {
+    close_to_the_reference_and_nothing_else_is_touched: |open| check_all_cases(open(None).into_iter().collect());
+    values_are_rounded_to_nearest_even_and_a_nan_stays_one: |open| check_rounding(open(None).into_iter().collect());
+    a_quantized_token_has_its_own_scales: |open| check_scales(open(None).into_iter().collect());
+    a_token_has_the_same_bits_in_any_batch: |open| open(None).into_iter().for_each(|backend| {
+        check_same_bits(&mut [backend]);
+    });
+    a_token_without_a_slot_leaves_the_cache_alone: |open| check_no_slot(open(None).into_iter().collect());
+    a_slot_past_the_cache_is_told_when_it_is_read: |open| {
+        open(None).into_iter().for_each(tells_of_a_slot_past_the_cache);
+    };
+}
+
 #[test]
-fn close_to_the_reference_and_nothing_else_is_touched() {
+fn close_to_the_reference_on_the_cpu() {
     check_all_cases(cpu_backends(&[1, 2]));
-    check_all_cases(emulated_backends());
 }
 
 fn check_all_cases<B: ReadCache>(mut backends: Vec<B>) {
@@ -205,9 +217,8 @@ fn check_all_cases<B: ReadCache>(mut backends: Vec<B>) {
 }
 
 #[test]
-fn values_are_rounded_to_nearest_even_and_a_nan_stays_one() {
+fn values_are_rounded_to_nearest_even_by_the_cpu_and_a_nan_stays_one() {
     check_rounding(cpu_backends(&[1]));
-    check_rounding(emulated_backends());
 }
 
 fn check_rounding<B: ReadCache>(backends: Vec<B>) {
@@ -232,7 +243,6 @@ fn check_rounding<B: ReadCache>(backends: Vec<B>) {
 #[test]
 fn a_quantized_token_has_its_own_scales_and_shows_what_is_no_number() {
     check_scales(cpu_backends(&[1, 2]));
-    check_scales(emulated_backends());
 }
 
 fn check_scales<B: ReadCache>(backends: Vec<B>) {
@@ -263,7 +273,6 @@ fn check_scales<B: ReadCache>(backends: Vec<B>) {
 #[test]
 fn a_token_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
     cpu_backends(&[1, 2, 3]).chunks_mut(3).for_each(check_same_bits);
-    emulated_backends().chunks_mut(1).for_each(check_same_bits);
 }
 
 fn check_same_bits<B: ReadCache>(backends: &mut [B]) {
@@ -295,7 +304,6 @@ fn check_same_bits<B: ReadCache>(backends: &mut [B]) {
 #[test]
 fn a_token_without_a_slot_turns_its_queries_and_leaves_the_cache_alone() {
     check_no_slot(cpu_backends(&[2]));
-    check_no_slot(emulated_backends());
 }
 
 fn check_no_slot<B: ReadCache>(mut backends: Vec<B>) {
@@ -359,38 +367,35 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     assert!(kv.f32("test").expect("f32").iter().all(|&x| x == 0.0));
 }
 
-#[test]
-fn a_device_tells_of_a_slot_past_the_cache_when_it_is_read() {
+fn tells_of_a_slot_past_the_cache<D: Device>(mut backend: CudaBackend<D>) {
     let shape = AttentionShape { num_heads: 2, num_kv_heads: 2, head_dim: 8 };
     let case = Case { shape, dtype: DType::Bf16, has_norm: false, num_tokens: 2 };
     let inputs = case.inputs(&mut Rng::new(5));
-    for mut backend in emulated_backends() {
-        let mut qkv = backend.alloc(DType::F32, inputs.qkv.len()).expect("room");
-        backend.write_f32(&mut qkv, 0, &inputs.qkv).expect("it fits");
-        let mut cos_sin = backend.alloc(DType::F32, inputs.cos_sin.len()).expect("room");
-        backend.write_f32(&mut cos_sin, 0, &inputs.cos_sin).expect("it fits");
-        let mut slot_mapping = backend.alloc(DType::U32, 2).expect("room");
-        let num_slots = inputs.layout.num_slots();
-        backend.write_u32(&mut slot_mapping, 0, &[num_slots as u32, 1]).expect("it fits");
-        let mut kv = backend.alloc_kv(&inputs.layout).expect("room");
-        let args = RopeKvWrite {
-            qkv: &mut qkv,
-            num_tokens: 2,
-            shape,
-            cos_sin: &cos_sin,
-            qk_norm: None,
-            slot_mapping: &slot_mapping,
-            kv: &mut kv,
-            layer: LAYER,
-        };
-        backend.rope_kv_write(args).expect("sizes fit");
-        let mut after = vec![0.0; inputs.qkv.len()];
-        let (value, limit) = (num_slots as u64, num_slots as u64);
-        let expected = KernelError::Range { op: "rope_kv_write", argument: "slot_mapping", value, limit };
-        assert_eq!(backend.read_f32(&qkv, 0, &mut after), Err(expected));
-        backend.read_f32(&qkv, 0, &mut after).expect("it fits");
-        let len = shape.qkv_len();
-        assert_eq!(after[..len], inputs.qkv[..len], "the token with the bad slot is left alone");
-        assert_ne!(after[len..], inputs.qkv[len..], "the other one is not");
-    }
+    let mut qkv = backend.alloc(DType::F32, inputs.qkv.len()).expect("room");
+    backend.write_f32(&mut qkv, 0, &inputs.qkv).expect("it fits");
+    let mut cos_sin = backend.alloc(DType::F32, inputs.cos_sin.len()).expect("room");
+    backend.write_f32(&mut cos_sin, 0, &inputs.cos_sin).expect("it fits");
+    let mut slot_mapping = backend.alloc(DType::U32, 2).expect("room");
+    let num_slots = inputs.layout.num_slots();
+    backend.write_u32(&mut slot_mapping, 0, &[num_slots as u32, 1]).expect("it fits");
+    let mut kv = backend.alloc_kv(&inputs.layout).expect("room");
+    let args = RopeKvWrite {
+        qkv: &mut qkv,
+        num_tokens: 2,
+        shape,
+        cos_sin: &cos_sin,
+        qk_norm: None,
+        slot_mapping: &slot_mapping,
+        kv: &mut kv,
+        layer: LAYER,
+    };
+    backend.rope_kv_write(args).expect("sizes fit");
+    let mut after = vec![0.0; inputs.qkv.len()];
+    let (value, limit) = (num_slots as u64, num_slots as u64);
+    let expected = KernelError::Range { op: "rope_kv_write", argument: "slot_mapping", value, limit };
+    assert_eq!(backend.read_f32(&qkv, 0, &mut after), Err(expected));
+    backend.read_f32(&qkv, 0, &mut after).expect("it fits");
+    let len = shape.qkv_len();
+    assert_eq!(after[..len], inputs.qkv[..len], "the token with the bad slot is left alone");
+    assert_ne!(after[len..], inputs.qkv[len..], "the other one is not");
 }

@@ -1,8 +1,8 @@
-//! Rotary angles on every instruction set, and on an emulated device, against their meaning, and against what models' own code gives.
+//! Rotary angles on every instruction set, in the emulator and on a card, against their meaning, and against what models' own code gives.
 
 use quire_kernels::ops::rope_table::{RopeFrequencies, RopeTable, reference};
-use quire_kernels::testing::{POISON, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends, emulated_backends};
-use quire_kernels::{Backend, DType, KernelError};
+use quire_kernels::testing::{POISON, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends};
+use quire_kernels::{Backend, DType, KernelError, device_tests};
 
 /// One rounding of the result, one of the product with the magnitude.
 const TOLERANCE: Tolerance = Tolerance { abs: 1e-12, rel: 1.3e-7 };
@@ -52,31 +52,29 @@ fn close_to_the_reference_on_the_cpu() {
     close_to_the_reference(cpu_backends(&[1, 2]));
 }
 
-#[test]
-fn close_to_the_reference_on_an_emulated_device() {
-    close_to_the_reference(emulated_backends());
+device_tests! {
+    close_to_the_reference: |open| close_to_the_reference(open(None).into_iter().collect());
+    the_bits_of_the_cpu: |open| open(None).into_iter().for_each(check_bits);
+    dynamic_frequencies: |open| open(None).iter_mut().for_each(check_dynamic_frequencies);
+    wrong_shapes_are_named: |open| open(None).into_iter().for_each(wrong_shapes_are_named_by);
 }
 
 /// Whatever their size, angles are reduced alike: those of many quarter turns by other means than small ones.
-#[test]
-fn an_emulated_device_has_the_bits_of_the_cpu() {
+fn check_bits<B: Backend>(mut backend: B) {
     let mut rng = Rng::new(2);
     // A frequency of 1 and positions of all sizes, then sizes beyond any context.
     let positions: Vec<u32> = (0..32).flat_map(|bits| [0; 20].map(|_| rng.next_u64() as u32 >> bits)).collect();
     let inverse = vec![1.0, 0.37, 1e-3, 12345.678, 1e20, 1e29, f32::MAX, f32::INFINITY];
     let frequencies = RopeFrequencies::Fixed { inverse };
     let expected = rope_table(&mut cpu_backends(&[1])[0], &positions, &frequencies, 1.0);
-    for backend in &mut emulated_backends() {
-        for (&actual, &expected) in rope_table(backend, &positions, &frequencies, 1.0).iter().zip(&expected) {
-            assert!(actual.to_bits() == expected.to_bits() || (actual.is_nan() && expected.is_nan()));
-        }
+    for (&actual, &expected) in rope_table(&mut backend, &positions, &frequencies, 1.0).iter().zip(&expected) {
+        assert!(actual.to_bits() == expected.to_bits() || (actual.is_nan() && expected.is_nan()));
     }
 }
 
 #[test]
 fn dynamic_frequencies_are_fixed_ones_within_the_original_length_and_depend_on_the_position_alone() {
     check_dynamic_frequencies(&mut cpu_backends(&[1])[0]);
-    emulated_backends().iter_mut().for_each(check_dynamic_frequencies);
 }
 
 fn check_dynamic_frequencies<B: Backend>(backend: &mut B) {
@@ -92,9 +90,8 @@ fn check_dynamic_frequencies<B: Backend>(backend: &mut B) {
 }
 
 #[test]
-fn wrong_shapes_are_named() {
+fn wrong_shapes_are_named_by_the_cpu() {
     wrong_shapes_are_named_by(cpu_backends(&[1]).remove(0));
-    emulated_backends().into_iter().for_each(wrong_shapes_are_named_by);
 }
 
 fn wrong_shapes_are_named_by<B: Backend>(mut backend: B) {

@@ -3,6 +3,8 @@
 mod bench;
 mod crate_graph;
 mod faces;
+#[cfg(unix)]
+mod gpu_run;
 mod hostile;
 mod lifecycle;
 mod resume;

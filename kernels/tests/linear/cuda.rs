@@ -1,27 +1,26 @@
-//! CUDA: the device code in the emulator, at sizes that it can do.
+//! CUDA: the device code in the emulator, at sizes that it can do, and on a card.
 
-use quire_kernels::cuda::CudaBackend;
+use quire_kernels::cuda::Device;
 use quire_kernels::ops::linear::{Epilogue, WeightShape};
-use quire_kernels::testing::{Emulator, Rng, assert_same_bits};
+use quire_kernels::testing::{OpenDevice, Rng, assert_same_bits};
 use quire_kernels::weight_format::Codes;
-use quire_kernels::{Backend, TensorFormat, WeightFormat, WeightLayout, WeightSource};
+use quire_kernels::{Backend, TensorFormat, WeightFormat, WeightLayout, WeightSource, device_tests};
 
 use crate::support::{BLOCKS, FORMATS, Matrix, check, file_format, gate_up, grouped, run, stacked};
 
-/// A device with so many multiprocessors, unless there is no compiler: then a line says so.
-fn backend(num_multiprocessors: u32) -> Option<CudaBackend<Emulator>> {
-    match Emulator::with_multiprocessors(num_multiprocessors) {
-        Ok(emulator) => Some(CudaBackend::new(emulator).expect("memory")),
-        Err(error) => {
-            println!("skipped: {error}");
-            None
-        }
-    }
+device_tests! {
+    every_format_and_edge_is_near_the_reference: |open| every_format_and_edge_is_near_the_reference(open);
+    gate_and_up_meet: |open| gate_and_up_meet(open);
+    blocks_of_files_are_multiplied_as_they_are: |open| blocks_of_files_are_multiplied_as_they_are(open);
+    swiglu_of_large_gates_has_no_overflow: |open| swiglu_of_large_gates_has_no_overflow(open);
+    special_numbers_stay_in_their_row: |open| special_numbers_stay_in_their_row(open);
+    a_row_has_the_same_bits_in_every_batch: |open| a_row_has_the_same_bits_in_every_batch(open);
+    table_codes_and_minima_reach_every_lane: |open| table_codes_and_minima_reach_every_lane(open);
+    packed_bytes_are_as_foretold: |open| packed_bytes_are_as_foretold(open);
 }
 
-#[test]
-fn every_format_and_edge_is_near_the_reference() {
-    let Some(mut backend) = backend(4) else { return };
+fn every_format_and_edge_is_near_the_reference<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backend) = open(None) else { return };
     let mut rng = Rng::new(1);
     for format in FORMATS {
         for (num_rows, in_features, out_features) in
@@ -36,9 +35,8 @@ fn every_format_and_edge_is_near_the_reference() {
     }
 }
 
-#[test]
-fn gate_and_up_meet() {
-    let Some(mut backend) = backend(4) else { return };
+fn gate_and_up_meet<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backend) = open(None) else { return };
     let mut rng = Rng::new(2);
     for format in FORMATS {
         for (num_rows, in_features, num_outputs) in [(1, 64, 1), (3, 65, 31), (12, 132, 70)] {
@@ -54,9 +52,8 @@ fn gate_and_up_meet() {
     }
 }
 
-#[test]
-fn blocks_of_files_are_multiplied_as_they_are() {
-    let Some(mut backend) = backend(4) else { return };
+fn blocks_of_files_are_multiplied_as_they_are<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backend) = open(None) else { return };
     let mut rng = Rng::new(3);
     for block in BLOCKS {
         let matrix = [Matrix::random_blocks(&mut rng, block, 33, 512)];
@@ -65,9 +62,8 @@ fn blocks_of_files_are_multiplied_as_they_are() {
     }
 }
 
-#[test]
-fn swiglu_of_large_gates_has_no_overflow() {
-    let Some(mut backend) = backend(4) else { return };
+fn swiglu_of_large_gates_has_no_overflow<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backend) = open(None) else { return };
     let parts = [Matrix::new(TensorFormat::F32, 1, 1, &[1.0]), Matrix::new(TensorFormat::F32, 1, 1, &[1.0])];
     for format in [WeightFormat::F32, WeightFormat::Bf16] {
         let weight = backend.pack_weight(&gate_up(&parts, format)).expect("a good source");
@@ -79,9 +75,8 @@ fn swiglu_of_large_gates_has_no_overflow() {
     }
 }
 
-#[test]
-fn special_numbers_stay_in_their_row() {
-    let Some(mut backend) = backend(4) else { return };
+fn special_numbers_stay_in_their_row<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backend) = open(None) else { return };
     let mut rng = Rng::new(4);
     for format in FORMATS {
         let matrix = [Matrix::random(&mut rng, file_format(format), 20, 68)];
@@ -104,8 +99,7 @@ fn special_numbers_stay_in_their_row() {
 
 /// Promise 1: a row alone has the bits that it has in every batch, whichever kernel takes it, and whether one thread block
 /// goes through all slices of a sum or each has its own.
-#[test]
-fn a_row_has_the_same_bits_in_every_batch() {
+fn a_row_has_the_same_bits_in_every_batch<D: Device>(open: OpenDevice<D>) {
     for (index, format) in FORMATS.into_iter().enumerate() {
         // Several slices, and a width whose rows cannot be copied 16 bytes at a time.
         let in_features = if index % 2 == 0 { 580 } else { 577 };
@@ -118,7 +112,7 @@ fn a_row_has_the_same_bits_in_every_batch() {
             let out_cols = if layout == WeightLayout::GateUp { 9 } else { 18 };
             let mut alone: Option<Vec<f32>> = None;
             // So many multiprocessors that sums are cut, and so few that they are not.
-            for mut backend in [1000, 1].into_iter().filter_map(backend) {
+            for mut backend in [1000, 1].into_iter().filter_map(|number| open(Some(number))) {
                 let weight = backend.pack_weight(&source).expect("a good source");
                 // The last of a tile that is not full, and one in the midst of a full one.
                 for (num_rows, place) in [(1, 0), (8, 3), (9, 8), (20, 17), (33, 32), (70, 41), (130, 129)] {
@@ -138,9 +132,8 @@ fn a_row_has_the_same_bits_in_every_batch() {
     }
 }
 
-#[test]
-fn table_codes_and_minima_reach_every_lane() {
-    let Some(mut backend) = backend(4) else { return };
+fn table_codes_and_minima_reach_every_lane<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backend) = open(None) else { return };
     let mut rng = Rng::new(6);
     for (format, block) in [
         (grouped(Codes::Iq4Nl, 32, false), TensorFormat::Iq4Nl),
@@ -155,9 +148,8 @@ fn table_codes_and_minima_reach_every_lane() {
     }
 }
 
-#[test]
-fn packed_bytes_are_as_foretold() {
-    let Some(backend) = backend(4) else { return };
+fn packed_bytes_are_as_foretold<D: Device>(open: OpenDevice<D>) {
+    let Some(backend) = open(None) else { return };
     for (format, bits) in FORMATS.into_iter().zip([32, 16, 8, 8, 8, 4, 4]) {
         let shape = WeightShape { out_features: 256, in_features: 256, layout: WeightLayout::Stacked, format };
         let num_scales = match format {

@@ -1,25 +1,31 @@
-//! CUDA: the device code in the emulator, at sizes that it can do.
+//! CUDA: the device code in the emulator, at sizes that it can do, and on a card.
 
 use quire_kernels::cpu::{CpuBackend, CpuKv};
 use quire_kernels::cuda::{CudaBackend, CudaKv, Device};
-use quire_kernels::testing::{Emulator, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends};
-use quire_kernels::{Backend, DType};
+use quire_kernels::testing::{OpenDevice, Rng, Tolerance, assert_close, assert_same_bits, cpu_backends};
+use quire_kernels::{Backend, DType, device_tests};
 
 use crate::support::{DTYPES, Step, World, last, shape, whole};
 
-/// A device with so many multiprocessors, and a backend to write caches with; unless there is no compiler: then a line says so.
-fn backends(num_multiprocessors: u32) -> Option<(CudaBackend<Emulator>, CpuBackend)> {
-    match Emulator::with_multiprocessors(num_multiprocessors) {
-        Ok(emulator) => Some((CudaBackend::new(emulator).expect("memory"), cpu_backends(&[1]).remove(0))),
-        Err(error) => {
-            println!("skipped: {error}");
-            None
-        }
-    }
+/// A device with so many multiprocessors, and a backend to write caches with.
+fn backends<D: Device>(open: OpenDevice<D>, num_multiprocessors: u32) -> Option<(CudaBackend<D>, CpuBackend)> {
+    Some((open(Some(num_multiprocessors))?, cpu_backends(&[1]).remove(0)))
+}
+
+device_tests! {
+    one_query_over_contexts_of_all_lengths: |open| one_query_over_contexts_of_all_lengths(open);
+    prefills_of_all_lengths: |open| prefills_of_all_lengths(open);
+    every_group_and_head_dim: |open| every_group_and_head_dim(open);
+    decodes_and_chunks_of_prompts_in_one_batch: |open| decodes_and_chunks_of_prompts_in_one_batch(open);
+    windows: |open| windows(open);
+    large_outliers: |open| large_outliers(open);
+    a_sequence_has_the_same_bits_in_every_batch_and_chunk: |open| a_sequence_has_the_same_bits_in_every_batch_and_chunk(open);
+    a_token_that_is_no_number_spoils_only_those_that_see_it: |open| a_token_that_is_no_number_spoils_only_those_that_see_it(open);
+    equal_values_give_that_value: |open| equal_values_give_that_value(open);
 }
 
 /// The same cache on the device.
-fn upload(cuda: &mut CudaBackend<Emulator>, kv: &CpuKv) -> CudaKv {
+pub(crate) fn upload<D: Device>(cuda: &mut CudaBackend<D>, kv: &CpuKv) -> CudaKv {
     let device_kv = cuda.alloc_kv(kv.layout()).expect("room");
     let bytes: Vec<u8> = match kv.layout().dtype {
         DType::F32 => kv.f32("upload").expect("f32").iter().flat_map(|x| x.to_ne_bytes()).collect(),
@@ -30,16 +36,15 @@ fn upload(cuda: &mut CudaBackend<Emulator>, kv: &CpuKv) -> CudaKv {
     device_kv
 }
 
-fn check(world: &World, (cuda, cpu): &mut (CudaBackend<Emulator>, CpuBackend), steps: &[Step]) {
+fn check<D: Device>(world: &World, (cuda, cpu): &mut (CudaBackend<D>, CpuBackend), steps: &[Step]) {
     let kv = world.cache(cpu, steps);
     let expected = world.expected(&kv, steps);
     let device_kv = upload(cuda, &kv);
     assert_close(&world.attend(cuda, &device_kv, steps), &expected, world.tolerance());
 }
 
-#[test]
-fn one_query_over_contexts_of_all_lengths() {
-    let Some(mut backends) = backends(2) else { return };
+fn one_query_over_contexts_of_all_lengths<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backends) = backends(open, 2) else { return };
     let mut rng = Rng::new(1);
     let lens = [1, 2, 15, 16, 17, 31, 33, 64, 511, 512, 513, 1025];
     for (shape, block_size) in [(shape(4, 1, 8), 16), (shape(7, 1, 64), 32), (shape(2, 2, 16), 64)] {
@@ -49,9 +54,8 @@ fn one_query_over_contexts_of_all_lengths() {
     }
 }
 
-#[test]
-fn prefills_of_all_lengths() {
-    let Some(mut backends) = backends(2) else { return };
+fn prefills_of_all_lengths<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backends) = backends(open, 2) else { return };
     let mut rng = Rng::new(2);
     let lens = [1, 2, 15, 16, 17, 65, 130];
     for (shape, block_size) in [(shape(4, 1, 16), 16), (shape(7, 1, 8), 48), (shape(3, 3, 24), 16)] {
@@ -61,9 +65,8 @@ fn prefills_of_all_lengths() {
     }
 }
 
-#[test]
-fn every_group_and_head_dim() {
-    let Some(mut backends) = backends(1) else { return };
+fn every_group_and_head_dim<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backends) = backends(open, 1) else { return };
     let mut rng = Rng::new(3);
     let lens = [70, 19];
     for head_dim in [2, 14, 40, 64, 80, 96, 112, 128, 192, 256] {
@@ -77,9 +80,8 @@ fn every_group_and_head_dim() {
     }
 }
 
-#[test]
-fn decodes_and_chunks_of_prompts_in_one_batch() {
-    let Some(mut backends) = backends(3) else { return };
+fn decodes_and_chunks_of_prompts_in_one_batch<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backends) = backends(open, 3) else { return };
     let mut rng = Rng::new(4);
     let lens = [600, 1100, 40, 5, 16, 700];
     let steps = [
@@ -99,9 +101,8 @@ fn decodes_and_chunks_of_prompts_in_one_batch() {
     }
 }
 
-#[test]
-fn windows() {
-    let Some(mut backends) = backends(2) else { return };
+fn windows<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backends) = backends(open, 2) else { return };
     let mut rng = Rng::new(5);
     let lens = [1, 40, 600, 1300];
     for dtype in DTYPES {
@@ -115,9 +116,8 @@ fn windows() {
     }
 }
 
-#[test]
-fn large_outliers() {
-    let Some((mut cuda, mut cpu)) = backends(2) else { return };
+fn large_outliers<D: Device>(open: OpenDevice<D>) {
+    let Some((mut cuda, mut cpu)) = backends(open, 2) else { return };
     let mut rng = Rng::new(6);
     for dtype in DTYPES {
         let mut world = World::new(&mut rng, shape(4, 1, 64), 16, dtype, &[600]);
@@ -136,9 +136,8 @@ fn large_outliers() {
 }
 
 /// Alone, in a batch, in one chunk or in many, split over thread blocks or not.
-#[test]
-fn a_sequence_has_the_same_bits_in_every_batch_and_chunk() {
-    let Some((mut cuda, mut cpu)) = backends(3) else { return };
+fn a_sequence_has_the_same_bits_in_every_batch_and_chunk<D: Device>(open: OpenDevice<D>) {
+    let Some((mut cuda, mut cpu)) = backends(open, 3) else { return };
     let mut rng = Rng::new(7);
     let lens = [1100, 17, 600];
     for (dtype, shape, window) in [
@@ -175,9 +174,8 @@ fn a_sequence_has_the_same_bits_in_every_batch_and_chunk() {
     }
 }
 
-#[test]
-fn a_token_that_is_no_number_spoils_only_those_that_see_it() {
-    let Some((mut cuda, mut cpu)) = backends(2) else { return };
+fn a_token_that_is_no_number_spoils_only_those_that_see_it<D: Device>(open: OpenDevice<D>) {
+    let Some((mut cuda, mut cpu)) = backends(open, 2) else { return };
     let mut rng = Rng::new(10);
     let len = 100;
     for (dtype, shape, window) in [
@@ -218,10 +216,9 @@ fn a_token_that_is_no_number_spoils_only_those_that_see_it() {
     }
 }
 
-#[test]
-fn equal_values_give_that_value() {
+fn equal_values_give_that_value<D: Device>(open: OpenDevice<D>) {
     // Weights sum to what they are divided by, to the rounding of sums.
-    let Some((mut cuda, mut cpu)) = backends(2) else { return };
+    let Some((mut cuda, mut cpu)) = backends(open, 2) else { return };
     let mut rng = Rng::new(9);
     for dtype in DTYPES {
         let mut world = World::new(&mut rng, shape(4, 1, 16), 16, dtype, &[1200]);

@@ -3,6 +3,7 @@
 mod frontend;
 mod machine;
 mod model;
+mod ops;
 mod scheduler;
 mod serve;
 
@@ -23,6 +24,8 @@ pub enum Bench {
     Machine { json: Option<PathBuf>, num_threads: usize },
     /// A model without a server; settings are those of `serve`.
     Model { options: model::Options, file: Option<PathBuf>, flags: Vec<Flag> },
+    /// Single operations; settings are those of `serve`.
+    Ops { options: ops::Options, file: Option<PathBuf>, flags: Vec<Flag> },
     /// The faces, over a model that takes no time.
     Frontend(frontend::Options),
     /// A server, by load.
@@ -52,6 +55,7 @@ impl Bench {
             .subcommand(scheduler::command().arg(json()))
             .subcommand(machine::command().arg(json()))
             .subcommand(with_settings(model::command().arg(json())))
+            .subcommand(with_settings(ops::command().arg(json())))
             .subcommand(frontend::command().arg(json()))
             .subcommand(serve::command().arg(json()))
     }
@@ -70,6 +74,10 @@ impl Bench {
                 let (file, flags) = read_settings(matches)?;
                 Ok(Self::Model { options: model::Options::read(matches, json)?, file, flags })
             }
+            "ops" => {
+                let (file, flags) = read_settings(matches)?;
+                Ok(Self::Ops { options: ops::Options::read(matches, json)?, file, flags })
+            }
             "frontend" => Ok(Self::Frontend(frontend::Options::read(matches, json))),
             _ => Ok(Self::Serve(serve::Options::read(matches, json)?)),
         }
@@ -81,6 +89,7 @@ impl Bench {
             Self::Scheduler { json } => scheduler::run(json.as_deref()),
             Self::Machine { json, num_threads } => machine::run(num_threads, json.as_deref()),
             Self::Model { options, file, flags } => model::run(&options, file.as_deref(), &flags),
+            Self::Ops { options, file, flags } => ops::run(&options, file.as_deref(), &flags),
             Self::Frontend(options) => frontend::run(&options),
             Self::Serve(options) => serve::run(options),
         };
