@@ -189,8 +189,10 @@ pub trait Backend: Send + Sized + 'static {
         let _ = weights;
         None
     }
-    /// Bytes that a packed matrix of this shape takes, for the memory plan.
+    /// Bytes that a packed matrix of this shape is expected to take, for the memory plan.
     fn weight_bytes(&self, shape: &WeightShape) -> usize;
+    /// Bytes that a packed matrix takes: more than expected where its numbers cannot be stored as compactly.
+    fn packed_bytes(&self, weight: &Self::Weight) -> usize;
     /// One KV group's cache.
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<Self::Kv, KernelError>;
     /// The sampler's tables for so many rows.

@@ -404,12 +404,13 @@ impl<B: Backend> Loader<'_, B> {
         let shape = WeightShape::of(&source)?;
         let num_parameters = (shape.out_features * in_features) as u64;
         self.size.num_parameters += num_parameters;
-        self.size.weight_bytes += self.backend.weight_bytes(&shape) as u64;
         match self.formats.iter_mut().find(|(name, _)| *name == format.name()) {
             Some((_, num)) => *num += num_parameters,
             None => self.formats.push((format.name(), num_parameters)),
         }
-        Ok(self.backend.pack_weight(&source)?)
+        let weight = self.backend.pack_weight(&source)?;
+        self.size.weight_bytes += self.backend.packed_bytes(&weight) as u64;
+        Ok(weight)
     }
 
     fn finish(&self) -> ModelSize {

@@ -12,7 +12,7 @@ pub enum Isa {
     /// AVX-512 F, BW, VL, DQ with BF16 and VNNI, products of bf16 weights by FMA: Intel's cores take four to seven times as
     /// long for a dot product of bf16 pairs as for an FMA, which does half as much.
     Avx512,
-    /// The same with products of bf16 pairs (`vdpbf16ps`), where they are as fast as FMA: Zen 4 and later.
+    /// The same with GFNI and products of bf16 pairs (`vdpbf16ps`), where they are as fast as FMA: Zen 4 and later.
     Avx512Bf16,
 }
 
@@ -38,7 +38,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Bf16 => {
+            Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("gfni"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
                 Self::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")

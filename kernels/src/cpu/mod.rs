@@ -192,6 +192,10 @@ impl Backend for CpuBackend {
         linear::cpu::weight_bytes(self.isa, shape)
     }
 
+    fn packed_bytes(&self, weight: &Self::Weight) -> usize {
+        weight.bytes().len()
+    }
+
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CpuKv, KernelError> {
         layout.validate()?;
         CpuKv::zeroed(layout, &self.pool)

@@ -262,6 +262,10 @@ impl<D: Device> Backend for CudaBackend<D> {
         linear::cuda::weight_bytes(shape)
     }
 
+    fn packed_bytes(&self, weight: &Self::Weight) -> usize {
+        linear::cuda::weight_bytes(weight.shape())
+    }
+
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CudaKv, KernelError> {
         CudaKv::alloc(&mut self.device, layout)
     }

@@ -303,7 +303,8 @@ fn packed_bytes_are_as_foretold() {
     for backend in cpu_backends(&[1]) {
         for (out_features, in_features) in [(1, 1), (64, 64), (65, 3), (200, 896), (128, 256)] {
             // Bits of a weight beside its scales.
-            for (format, bits) in FORMATS.into_iter().zip([32, 16, 8, 8, 8, 4, 4]) {
+            let bits_of_bf16 = if backend.isa() == Isa::Avx512Bf16 { 12 } else { 16 };
+            for (format, bits) in FORMATS.into_iter().zip([32, bits_of_bf16, 8, 8, 8, 4, 4]) {
                 let shape = WeightShape { out_features, in_features, layout: WeightLayout::Stacked, format };
                 let least = out_features * in_features * bits / 8;
                 let bytes = backend.weight_bytes(&shape);
@@ -381,5 +382,52 @@ fn parts_of_different_blocks_share_a_format() {
         check(&mut backend, &stacked(&parts, format), &rng.normals(7 * 512), 7, None, Epilogue::Store);
         // Blocks can be spread out, too.
         check(&mut backend, &stacked(&parts, WeightFormat::F32), &rng.normals(512), 1, None, Epilogue::Store);
+    }
+}
+
+/// Weights of 12 bits a number are the same numbers, and their sums have the bits of plain ones: of the same rows, once alone
+/// and once with a neighbour of so many different exponents that the matrix stays plain.
+#[test]
+fn compact_weights_lose_nothing() {
+    const COLS: usize = 2100;
+    let mut rng = Rng::new(11);
+    for mut backend in cpu_backends(&[2]) {
+        let mut numbers = rng.normals(64 * COLS);
+        // A zero of either sign; but for them and what is tiny, all in the window.
+        (numbers[5], numbers[COLS + 6]) = (0.0, -0.0);
+        numbers.iter_mut().for_each(|x| *x = if *x != 0.0 && x.abs() < 1e-3 { 1e-3 } else { *x * 0.02 });
+        let ours = Matrix::new(TensorFormat::Bf16, 64, COLS, &numbers);
+        let wild: Vec<f32> = (0..64 * COLS).map(|i| f32::from_bits(((i % 250 + 1) as u32) << 23)).collect();
+        let wild = Matrix::new(TensorFormat::Bf16, 64, COLS, &wild);
+        let alone = backend.pack_weight(&stacked(std::slice::from_ref(&ours), WeightFormat::Bf16)).expect("a source");
+        let both = backend.pack_weight(&stacked(&[ours, wild], WeightFormat::Bf16)).expect("a source");
+        let is_compact = backend.isa() == Isa::Avx512Bf16;
+        assert_eq!(backend.packed_bytes(&alone), 64 * COLS * 2 / 4 * if is_compact { 3 } else { 4 });
+        assert_eq!(backend.packed_bytes(&both), 128 * COLS * 2);
+        let x = rng.outliers(13 * COLS);
+        for num_rows in [1, 2, 6, 7, 13] {
+            let alone = run(&mut backend, &alone, &x, num_rows, None, Epilogue::Store, &vec![0.0; 13 * 64]);
+            let both = run(&mut backend, &both, &x, num_rows, None, Epilogue::Store, &vec![0.0; 13 * 128]);
+            for row in 0..num_rows {
+                assert_same_bits(&alone[row * 64..][..64], &both[row * 128..][..64]);
+            }
+        }
+    }
+}
+
+/// Numbers that a panel's window of exponents does not hold are multiplied all the same, and read as they are.
+#[test]
+fn outliers_of_compact_weights_are_kept() {
+    const ROWS: usize = 70;
+    const COLS: usize = 1030;
+    let mut rng = Rng::new(12);
+    for mut backend in cpu_backends(&[2]) {
+        let mut numbers = rng.normals(ROWS * COLS);
+        for (place, outlier) in [(3, 3e12), (COLS + 7, -2e-20), (2 * COLS + 1029, 1e-39), (69 * COLS + 1028, -5e4)] {
+            numbers[place] = outlier;
+        }
+        let matrix = [Matrix::new(TensorFormat::Bf16, ROWS, COLS, &numbers)];
+        let x = rng.normals(7 * COLS);
+        check(&mut backend, &stacked(&matrix, WeightFormat::Bf16), &x, 7, None, Epilogue::Add);
     }
 }

@@ -11,6 +11,7 @@
 //! weight packed so far, taken when that weight is packed. More rows than that take several passes over the weights,
 //! where arithmetic has long outgrown the reading of them.
 
+mod compact;
 mod finish;
 mod grouped;
 mod pack;
@@ -23,6 +24,7 @@ pub(crate) use weight::weight_bytes;
 
 use std::ops::Range;
 
+use self::compact::Beside;
 use self::finish::Finish;
 use self::tile::{ActivationForm, Kernel, Tile};
 use super::Linear;
@@ -176,6 +178,8 @@ unsafe fn compute_unit(
     let num_steps = weight.num_steps();
     let num_stretches = num_steps.div_ceil(K_BLOCK / kernel.features_per_step);
     let panel_start = weight.panel(panel);
+    let beside = weight.beside(panel);
+    let sum_scale = beside.map_or(1.0, Beside::sum_scale);
     for stretch in 0..num_stretches {
         let steps = split(num_steps, 1, stretch, num_stretches);
         // SAFETY: inside the panel.
@@ -210,7 +214,11 @@ unsafe fn compute_unit(
                 };
                 kernel.run(tile_rows.len(), &tile);
                 if stretch + 1 == num_stretches {
-                    finish.run(panel, first_row..first_row + tile_rows.len(), sums, out);
+                    if let Some(beside) = beside {
+                        let first = activations.first.add(first_row * activations.stride);
+                        beside.add_exceptions(first, activations.stride, width, sums);
+                    }
+                    finish.run(panel, first_row..first_row + tile_rows.len(), sum_scale, sums, out);
                 }
             }
         }
@@ -240,7 +248,10 @@ fn round_activations(
                 (ActivationForm::Quantized { group_len }, _) => grouped::quantize_row(isa, group_len, x, target),
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the ISA is available; the stride has room for the row in whole vectors.
-                (_, Isa::Avx512Bf16) => unsafe { tile::round_row_avx512(x, target) },
+                (form, Isa::Avx512Bf16) => unsafe {
+                    let scale = if form == ActivationForm::ScaledBf16 { compact::ACTIVATION_SCALE } else { 1.0 };
+                    tile::round_row_avx512(x, scale, target);
+                },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the ISA is available.
                 (_, Isa::Avx2 | Isa::Avx512) => unsafe { tile::round_row_avx2(x, target) },

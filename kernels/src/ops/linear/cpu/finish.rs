@@ -20,13 +20,20 @@ pub(super) struct Finish<'a> {
 }
 
 impl Finish<'_> {
-    /// Writes the outputs of `panel` for `rows` from `sums`, `[rows][panel_width]`.
+    /// Writes the outputs of `panel` for `rows` from `sums`, `[rows][panel_width]`, times `sum_scale`.
     ///
     /// # Safety
     /// No other thread uses these columns of these rows of `out`.
-    pub(super) unsafe fn run(&self, panel: usize, rows: Range<usize>, sums: &[f32], out: &SharedMut<'_, f32>) {
+    pub(super) unsafe fn run(
+        &self,
+        panel: usize,
+        rows: Range<usize>,
+        sum_scale: f32,
+        sums: &[f32],
+        out: &SharedMut<'_, f32>,
+    ) {
         let segments = Segment::of_panel(self.shape, self.panel_width, panel);
-        vectorize(self.isa, FinishTile { finish: self, segments, rows, sums, out });
+        vectorize(self.isa, FinishTile { finish: self, segments, rows, sum_scale, sums, out });
     }
 }
 
@@ -35,6 +42,7 @@ struct FinishTile<'a> {
     finish: &'a Finish<'a>,
     segments: [Segment; 2],
     rows: Range<usize>,
+    sum_scale: f32,
     sums: &'a [f32],
     out: &'a SharedMut<'a, f32>,
 }
@@ -53,8 +61,8 @@ impl Vectorized for FinishTile<'_> {
                 // SAFETY: the caller of `Finish::run` has these columns of this row to itself.
                 let out = unsafe { self.out.slice_mut(start..start + gate.len) };
                 for (i, out) in out.chunks_mut(LANES).enumerate() {
-                    let gate = biased(simd, sums, bias, gate, i * LANES);
-                    let up = biased(simd, sums, bias, up, i * LANES);
+                    let gate = biased(simd, sums, self.sum_scale, bias, gate, i * LANES);
+                    let up = biased(simd, sums, self.sum_scale, bias, up, i * LANES);
                     let exp = math::exp(simd, simd.sub(simd.splat(0.0), gate));
                     let silu = simd.div(gate, simd.add(simd.splat(1.0), exp));
                     simd.store_slice(out, simd.mul(silu, up));
@@ -66,7 +74,7 @@ impl Vectorized for FinishTile<'_> {
                 // SAFETY: as above.
                 let out = unsafe { self.out.slice_mut(start..start + segment.len) };
                 for (i, out) in out.chunks_mut(LANES).enumerate() {
-                    let mut y = biased(simd, sums, bias, segment, i * LANES);
+                    let mut y = biased(simd, sums, self.sum_scale, bias, segment, i * LANES);
                     if epilogue == Epilogue::Add {
                         y = simd.add(simd.load_slice(out, 0.0), y);
                     }
@@ -77,10 +85,18 @@ impl Vectorized for FinishTile<'_> {
     }
 }
 
-/// The sums of a segment from its number `first` on, bias added.
+/// The sums of a segment from its number `first` on, scaled, bias added.
 #[inline(always)]
-fn biased<S: Lanes>(simd: S, sums: &[f32], bias: Option<&[f32]>, segment: Segment, first: usize) -> S::F {
+fn biased<S: Lanes>(
+    simd: S,
+    sums: &[f32],
+    sum_scale: f32,
+    bias: Option<&[f32]>,
+    segment: Segment,
+    first: usize,
+) -> S::F {
     let y = simd.load_slice(&sums[segment.lane + first..segment.lane + segment.len], 0.0);
+    let y = simd.mul(y, simd.splat(sum_scale));
     match bias {
         Some(bias) => simd.add(y, simd.load_slice(&bias[segment.feature + first..segment.feature + segment.len], 0.0)),
         None => y,

@@ -3,9 +3,12 @@
 //! Sixteen features at a time are staged as rows of 32-bit words (a number, a pair of bf16, a quad of codes), quantized
 //! on the way where the format asks for it, and turned: words of a step lie side by side in a panel.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::compact::{self, Beside, Window};
 use super::grouped;
 use super::tile::Kernel;
-use super::weight::{CpuWeight, Segment, weight_bytes};
+use super::weight::{CpuWeight, Segment, panels_bytes};
 use crate::cpu::lanes::{LANES, Lanes, Vectorized, bf16_bits, vectorize};
 use crate::cpu::thread_pool::SharedMut;
 use crate::cpu::{CpuBackend, Isa};
@@ -22,6 +25,9 @@ const STAGE_WORDS: usize = PACK_BLOCK;
 /// A row of the source; `None` is a lane that holds no feature.
 type Row<'a> = Option<(&'a HostTensor<'a>, usize)>;
 
+/// One of so many lanes of a panel has a say in its window of exponents.
+const LANES_PER_SAMPLE: usize = 4;
+
 /// See [`crate::Backend::pack_weight`]. Each thread fills, and so first touches, the panels that it will read. Nothing
 /// but the packed matrix is allocated.
 pub(crate) fn pack_weight(backend: &mut CpuBackend, source: &WeightSource<'_>) -> Result<CpuWeight, KernelError> {
@@ -29,23 +35,57 @@ pub(crate) fn pack_weight(backend: &mut CpuBackend, source: &WeightSource<'_>) -
     let isa = backend.isa;
     let kernel = Kernel::new(isa, shape.format);
     backend.linear_workspace.reserve(&kernel, shape.in_features)?;
-    let panels = backend.weights.zeroed("weight", weight_bytes(isa, &shape))?;
-    let mut weight = CpuWeight { shape, isa, kernel, panels };
-
-    let panel_bytes = weight.panel_bytes();
-    let num_panels = weight.num_panels();
-    let target = SharedMut::new(weight.panels.view_mut::<u8>());
-    backend.pool.run_ranges(num_panels, 1, &|_, panels| {
-        for panel in panels {
-            // SAFETY: each panel belongs to one range.
-            let target = unsafe { target.slice_mut(panel * panel_bytes..(panel + 1) * panel_bytes) };
-            vectorize(isa, PackPanel { isa, source, shape: &shape, kernel: &kernel, panel, target });
+    let is_compact = kernel.is_compact;
+    match pack(backend, source, shape, kernel)? {
+        Some(weight) => Ok(weight),
+        // Numbers of many exponents.
+        None => {
+            debug_assert!(is_compact);
+            let plain = pack(backend, source, shape, Kernel::plain(isa, shape.format))?;
+            Ok(plain.expect("plain weights have no exceptions"))
         }
-    });
-    Ok(weight)
+    }
 }
 
-/// Fills one panel, which is zero so far.
+/// Packs for `kernel`; `None` where that is compact and too many numbers would be exceptions.
+fn pack(
+    backend: &mut CpuBackend,
+    source: &WeightSource<'_>,
+    shape: WeightShape,
+    kernel: Kernel,
+) -> Result<Option<CpuWeight>, KernelError> {
+    let isa = backend.isa;
+    let panels = backend.weights.zeroed("weight", panels_bytes(&kernel, &shape))?;
+    let mut weight = CpuWeight { shape, isa, kernel, panels, beside: Vec::new() };
+    let num_panels = weight.num_panels();
+    if weight.kernel.is_compact {
+        weight.beside = (0..num_panels).map(|_| Beside::new(Window::default())).collect();
+    }
+
+    let panel_bytes = weight.panel_bytes();
+    let max_exceptions = shape.out_features.saturating_mul(shape.in_features) / compact::NUMBERS_PER_EXCEPTION;
+    let num_exceptions = AtomicUsize::new(0);
+    let target = SharedMut::new(weight.panels.view_mut::<u8>());
+    let beside = SharedMut::new(&mut weight.beside);
+    backend.pool.run_ranges(num_panels, 1, &|_, panels| {
+        for panel in panels {
+            if num_exceptions.load(Ordering::Relaxed) > max_exceptions {
+                return;
+            }
+            // SAFETY: each panel belongs to one range.
+            let target = unsafe { target.slice_mut(panel * panel_bytes..(panel + 1) * panel_bytes) };
+            // SAFETY: as above.
+            let beside = unsafe { beside.slice_mut(if beside.is_empty() { 0..0 } else { panel..panel + 1 }) };
+            let beside = beside.first_mut();
+            let found =
+                vectorize(isa, PackPanel { isa, source, shape: &shape, kernel: &kernel, panel, target, beside });
+            num_exceptions.fetch_add(found, Ordering::Relaxed);
+        }
+    });
+    Ok((num_exceptions.into_inner() <= max_exceptions).then_some(weight))
+}
+
+/// Fills one panel, which is zero so far. Returns how many of its numbers are exceptions.
 struct PackPanel<'a> {
     isa: Isa,
     source: &'a WeightSource<'a>,
@@ -53,14 +93,16 @@ struct PackPanel<'a> {
     kernel: &'a Kernel,
     panel: usize,
     target: &'a mut [u8],
+    /// Where the kernel is compact.
+    beside: Option<&'a mut Beside>,
 }
 
 impl Vectorized for PackPanel<'_> {
-    type Output = ();
+    type Output = usize;
 
     #[inline(always)]
-    fn run<S: Lanes>(self, _: S) {
-        let Self { isa, source, shape, kernel, panel, target } = self;
+    fn run<S: Lanes>(self, _: S) -> usize {
+        let Self { isa, source, shape, kernel, panel, target, mut beside } = self;
         let width = kernel.panel_width;
         let segments = Segment::of_panel(shape, width, panel);
         let code_bytes = match shape.format {
@@ -68,9 +110,14 @@ impl Vectorized for PackPanel<'_> {
             _ => kernel.step_bytes,
         };
         // Words of a lane in a step, and of a block.
-        let step_words = code_bytes / (width * 4);
+        let step_words = if kernel.is_compact { 1 } else { code_bytes / (width * 4) };
         let block_words = PACK_BLOCK / kernel.features_per_step * step_words;
         let mut stage = Stage { words: [[0; STAGE_WORDS]; LANES], numbers: [0.0; PACK_BLOCK] };
+        let window = beside.as_deref_mut().map(|beside| {
+            let window = stage.window(source, shape, segments, width);
+            *beside = Beside::new(window);
+            window
+        });
         for first_lane in (0..width).step_by(LANES) {
             let rows = rows_of_lanes(source, segments, first_lane);
             for first in (0..shape.in_features).step_by(PACK_BLOCK) {
@@ -108,6 +155,11 @@ impl Vectorized for PackPanel<'_> {
                     let rest = num_words - word * LANES;
                     for (word, turned) in (first_word + word * LANES..).zip(turned.iter().take(rest)) {
                         let (step, word) = (word / step_words, word % step_words);
+                        if let (Some(window), Some(beside)) = (window, beside.as_deref_mut()) {
+                            let target = &mut target[step * kernel.step_bytes..][..kernel.step_bytes];
+                            window.put(turned, target, first_lane, 2 * step, &mut beside.exceptions);
+                            continue;
+                        }
                         let at = step * kernel.step_bytes + (word * width + first_lane) * 4;
                         for (target, word) in target[at..][..LANES * 4].as_chunks_mut::<4>().0.iter_mut().zip(turned) {
                             *target = word.to_ne_bytes();
@@ -116,6 +168,7 @@ impl Vectorized for PackPanel<'_> {
                 }
             }
         }
+        beside.map_or(0, |beside| beside.exceptions.len())
     }
 }
 
@@ -173,6 +226,31 @@ impl Stage {
             format.decode(bytes, numbers);
         }
         padding.fill(0.0);
+    }
+
+    /// The window for the numbers of a panel: chosen by some lanes, each by another stretch of its features.
+    #[inline(always)]
+    fn window(
+        &mut self,
+        source: &WeightSource<'_>,
+        shape: &WeightShape,
+        segments: [Segment; 2],
+        width: usize,
+    ) -> Window {
+        let num_blocks = shape.in_features.div_ceil(PACK_BLOCK);
+        let mut counts = [0; 256];
+        for first_lane in (0..width).step_by(LANES) {
+            let rows = rows_of_lanes(source, segments, first_lane);
+            for (lane, row) in rows.into_iter().enumerate().step_by(LANES_PER_SAMPLE) {
+                let Some((part, row)) = row else { continue };
+                let row_bytes = part.bytes.len() / part.rows;
+                let first = (first_lane + lane) / LANES_PER_SAMPLE % num_blocks * PACK_BLOCK;
+                let len = PACK_BLOCK.min(shape.in_features - first);
+                self.bf16(part.format, &part.bytes[row * row_bytes..][..row_bytes], first, len, lane);
+                compact::count_exponents(&self.words[lane][..len.div_ceil(2)], &mut counts);
+            }
+        }
+        Window::of(&counts)
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 //!
 //! | kernel        | panel | tile | a step is        | weights of a step          |
 //! |---------------|-------|------|------------------|----------------------------|
-//! | AVX-512 BF16, bf16 | 64 | 6x64 | two features    | `[64][2]` bf16, `vdpbf16ps` |
+//! | AVX-512 BF16, bf16 | 64 | 6x64 | two features    | `[64][2]` in 12 bits each ([`compact`]), or plain; `vdpbf16ps` |
 //! | AVX-512, bf16 | 64    | 6x64 | two features     | `[64][2]` bf16, widened, FMA |
 //! | AVX-512, f32  | 64    | 6x64 | one feature      | `[64]` f32, FMA            |
 //! | AVX2, bf16    | 16    | 6x16 | two features     | `[16][2]` bf16, widened, FMA |
@@ -19,7 +19,9 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use super::grouped;
+#[cfg(target_arch = "x86_64")]
+use super::compact::avx512_pairs as avx512_compact_pairs;
+use super::{compact, grouped};
 use crate::WeightFormat;
 use crate::cpu::Isa;
 use crate::cpu::lanes::bf16_bits;
@@ -91,6 +93,8 @@ pub(super) enum ActivationForm {
     Exact,
     /// In the workspace, rounded to bf16: as such where the kernel multiplies pairs of them, else as f32.
     Bf16,
+    /// In the workspace, rounded to bf16 and multiplied by [`compact::ACTIVATION_SCALE`].
+    ScaledBf16,
     /// In the workspace, as codes with a scale for each so many of them.
     Quantized { group_len: usize },
 }
@@ -107,6 +111,8 @@ pub(super) struct Kernel {
     pub(super) activations: ActivationForm,
     /// Bytes that a row of activations moves on per step.
     pub(super) activation_step_bytes: usize,
+    /// Whether weights lie in 12 bits a number, see [`compact`].
+    pub(super) is_compact: bool,
     tiles: Tiles,
 }
 
@@ -119,7 +125,24 @@ enum Tiles {
 }
 
 impl Kernel {
+    /// The one that reads the fewest bytes: what a weight is packed for, but for one that does not become compact.
     pub(super) fn new(isa: Isa, format: WeightFormat) -> Self {
+        let plain = Self::plain(isa, format);
+        match (isa, format) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Bf16, WeightFormat::Bf16) => Self {
+                step_bytes: compact::STEP_BYTES,
+                is_compact: true,
+                activations: ActivationForm::ScaledBf16,
+                tiles: Tiles::Dense(&by_lines!(avx512_compact_pairs)),
+                ..plain
+            },
+            _ => plain,
+        }
+    }
+
+    /// The one for weights that lie as they are.
+    pub(super) fn plain(isa: Isa, format: WeightFormat) -> Self {
         let is_bf16 = match format {
             WeightFormat::F32 => false,
             WeightFormat::Bf16 => true,
@@ -132,6 +155,7 @@ impl Kernel {
                     step_bytes: grouped::step_bytes(isa, grouping),
                     activations: ActivationForm::Quantized { group_len: grouping.group_len },
                     activation_step_bytes: grouped::activation_group_bytes(grouping.group_len),
+                    is_compact: false,
                     tiles: Tiles::Grouped(tiles),
                 };
             }
@@ -143,6 +167,7 @@ impl Kernel {
             step_bytes: 64,
             activations: if is_bf16 { ActivationForm::Bf16 } else { ActivationForm::Exact },
             activation_step_bytes: if is_bf16 { 8 } else { 4 },
+            is_compact: false,
             tiles: Tiles::Dense(if is_bf16 { &[tiles!(portable, true); 5] } else { &[tiles!(portable, false); 5] }),
         };
         match isa {
@@ -205,7 +230,7 @@ impl Kernel {
 /// Fetches `P` lines, see [`fetch_line`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn fetch_ahead<const P: usize>(from: *const u8, is_wanted_soon: bool) {
+pub(super) fn fetch_ahead<const P: usize>(from: *const u8, is_wanted_soon: bool) {
     for line in 0..P {
         fetch_line(from.wrapping_add(line * 64), is_wanted_soon);
     }
@@ -317,7 +342,7 @@ unsafe fn avx512_f32<const R: usize, const P: usize>(tile: &Tile) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn load_avx512<const R: usize>(tile: &Tile) -> [[__m512; 4]; R] {
+pub(super) unsafe fn load_avx512<const R: usize>(tile: &Tile) -> [[__m512; 4]; R] {
     let mut acc = [[_mm512_setzero_ps(); 4]; R];
     if tile.continues {
         for (r, acc) in acc.iter_mut().enumerate() {
@@ -332,7 +357,7 @@ unsafe fn load_avx512<const R: usize>(tile: &Tile) -> [[__m512; 4]; R] {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn store_avx512<const R: usize>(tile: &Tile, acc: &[[__m512; 4]; R]) {
+pub(super) unsafe fn store_avx512<const R: usize>(tile: &Tile, acc: &[[__m512; 4]; R]) {
     for (r, acc) in acc.iter().enumerate() {
         for (v, acc) in acc.iter().enumerate() {
             // SAFETY: `sums` holds `R` rows of 64.
@@ -475,13 +500,13 @@ unsafe fn portable<const R: usize, const BF16: bool>(tile: &Tile) {
     }
 }
 
-/// Rounds one row to bf16 numbers, and fills it up with zeros.
+/// Rounds one row, each number times `scale`, to bf16, and fills it up with zeros.
 ///
 /// # Safety
 /// `target` is 64-byte aligned and a multiple of 64 bytes with room for the row.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub(super) unsafe fn round_row_avx512(x: &[f32], target: &mut [u8]) {
+pub(super) unsafe fn round_row_avx512(x: &[f32], scale: f32, target: &mut [u8]) {
     debug_assert!(target.len().is_multiple_of(64) && target.len() >= x.len() * 2);
     for (line, target) in target.chunks_exact_mut(64).enumerate() {
         let rest = x.len().saturating_sub(line * 32);
@@ -490,7 +515,10 @@ pub(super) unsafe fn round_row_avx512(x: &[f32], target: &mut [u8]) {
             let load = |skip: usize| {
                 let num = rest.saturating_sub(skip).min(16);
                 let mask = ((1_u32 << num) - 1) as u16;
-                _mm512_maskz_loadu_ps(mask, x.as_ptr().wrapping_add(line * 32 + skip))
+                _mm512_mul_ps(
+                    _mm512_maskz_loadu_ps(mask, x.as_ptr().wrapping_add(line * 32 + skip)),
+                    _mm512_set1_ps(scale),
+                )
             };
             let rounded = _mm512_cvtne2ps_pbh(load(16), load(0));
             _mm512_storeu_si512(target.as_mut_ptr().cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));

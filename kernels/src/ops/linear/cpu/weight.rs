@@ -7,6 +7,7 @@
 
 use half::f16;
 
+use super::compact::Beside;
 use super::grouped;
 use super::tile::Kernel;
 use crate::cpu::Isa;
@@ -21,6 +22,8 @@ pub struct CpuWeight {
     pub(super) isa: Isa,
     pub(super) kernel: Kernel,
     pub(super) panels: AlignedBytes,
+    /// For each panel where the kernel is compact; else empty.
+    pub(super) beside: Vec<Beside>,
 }
 
 /// Lanes of a panel that hold consecutive output features.
@@ -78,6 +81,11 @@ impl CpuWeight {
         self.panels.view::<u8>()[panel * self.panel_bytes()..].as_ptr()
     }
 
+    /// What a panel needs beside its bytes, where the kernel is compact.
+    pub(super) fn beside(&self, panel: usize) -> Option<&Beside> {
+        self.beside.get(panel)
+    }
+
     /// Writes row `feature` of the matrix to `out`, `[in_features]`, in f32.
     pub(crate) fn read_row(&self, feature: usize, out: &mut [f32]) {
         let width = self.kernel.panel_width;
@@ -91,6 +99,18 @@ impl CpuWeight {
         };
         let start = panel * self.panel_bytes();
         match self.shape.format {
+            WeightFormat::Bf16 if self.kernel.is_compact => {
+                let beside = &self.beside[panel];
+                let steps = self.panels.view::<u8>()[start..].chunks_exact(self.kernel.step_bytes);
+                for (out, step) in out.chunks_mut(2).zip(steps) {
+                    for (feature, out) in out.iter_mut().enumerate() {
+                        *out = f32::from_bits(u32::from(beside.number(step, lane, feature)) << 16);
+                    }
+                }
+                for exception in beside.exceptions.iter().filter(|exception| usize::from(exception.lane) == lane) {
+                    out[exception.feature as usize] = f32::from_bits(u32::from(exception.bits) << 16);
+                }
+            }
             WeightFormat::Bf16 => {
                 let pairs = &self.panels.view::<u32>()[start / size_of::<u32>()..];
                 for (step, out) in out.chunks_mut(2).enumerate() {
@@ -140,7 +160,11 @@ impl CpuWeight {
 
 /// See [`crate::Backend::weight_bytes`].
 pub(crate) fn weight_bytes(isa: Isa, shape: &WeightShape) -> usize {
-    let kernel = Kernel::new(isa, shape.format);
+    panels_bytes(&Kernel::new(isa, shape.format), shape)
+}
+
+/// Bytes of all panels.
+pub(super) fn panels_bytes(kernel: &Kernel, shape: &WeightShape) -> usize {
     let num_panels = match shape.layout {
         WeightLayout::Stacked => shape.out_features.div_ceil(kernel.panel_width),
         WeightLayout::GateUp => (shape.out_features / 2).div_ceil(kernel.panel_width / 2),
