@@ -13,8 +13,10 @@ pub enum OutputFormat {
     Regex(Arc<str>),
     /// One of these texts.
     Choice(Vec<String>),
-    /// A context-free grammar in Lark's syntax as llguidance reads it; its first rule is `start`.
+    /// A context-free grammar: in Lark's syntax as llguidance reads it, its first rule `start`; or in GBNF, which shows.
     Lark(Arc<str>),
+    /// A context-free grammar in GBNF, llama.cpp's form; its first rule is `root`.
+    Gbnf(Arc<str>),
     /// Free text in which certain words begin something that has a form.
     StructuralTag(StructuralTag),
 }

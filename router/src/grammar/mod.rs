@@ -7,6 +7,7 @@
 mod compiled;
 mod compiler;
 mod format;
+mod gbnf;
 mod rewrite;
 mod schema;
 mod source;

@@ -1,8 +1,11 @@
 //! From an output format to the text that is compiled.
 
+use std::sync::Arc;
+
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde_json::{Value, json};
 
+use super::gbnf;
 use super::rewrite::rewrite;
 use super::schema::{check_schema, parse_schema};
 use super::{GrammarError, GrammarLimits, OutputFormat, StructuralTag};
@@ -46,6 +49,13 @@ impl GrammarSource {
                 let choices: Vec<String> = choices.iter().map(|choice| lark_string(choice)).collect();
                 Self::Lark(format!("start: {}", choices.join(" | ")))
             }
+            OutputFormat::Gbnf(grammar) => {
+                check_len(grammar.len(), limits)?;
+                Self::Lark(gbnf::to_lark(grammar, limits)?)
+            }
+            OutputFormat::Lark(grammar) if gbnf::is_gbnf(grammar) => {
+                return Self::of(&OutputFormat::Gbnf(Arc::clone(grammar)), limits);
+            }
             OutputFormat::Lark(grammar) => {
                 check_len(grammar.len(), limits)?;
                 check_nesting(grammar, limits)?;
@@ -54,10 +64,6 @@ impl GrammarSource {
                         what: "the number of its lines",
                         limit: MAX_LARK_LINES as u64,
                     });
-                }
-                if grammar.contains("::=") {
-                    let why = " (it looks like GBNF; grammars are read in Lark's syntax)";
-                    return Err(GrammarError::Unsupported { keyword: "::=".to_owned(), why });
                 }
                 // Options of the compiler are not the caller's: one of them lets go of what it cannot enforce.
                 for keyword in ["x-guidance", "%llguidance"] {
@@ -75,7 +81,7 @@ impl GrammarSource {
     pub(crate) fn item(format: &OutputFormat, limits: &GrammarLimits) -> Result<String, GrammarError> {
         Ok(match (format, Self::of(format, limits)?) {
             (_, Self::JsonSchema(schema)) => format!("%json {}", with_options(schema)),
-            (OutputFormat::Lark(_) | OutputFormat::StructuralTag(_), Self::Lark(text)) => {
+            (OutputFormat::Lark(_) | OutputFormat::Gbnf(_) | OutputFormat::StructuralTag(_), Self::Lark(text)) => {
                 format!("%lark {{\n{text}\n}}")
             }
             (_, Self::Lark(text)) => format!("({})", text.trim_start_matches("start: ")),

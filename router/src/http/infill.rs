@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use crate::error::ApiError;
 use crate::fim::{FimFile, FimInput};
 use crate::generation::{
-    GenerationEvent, GenerationParams, GenerationService, Input, Limits, StopCause, Usage, invalid,
+    GenerationEvent, GenerationParams, GenerationService, Input, Limits, RequestedFormat, StopCause, Usage, invalid,
 };
+use crate::grammar::OutputFormat;
 use crate::metrics::Endpoint;
 
 use super::answer::{Generations, json as to_json};
@@ -24,7 +25,7 @@ use super::types;
 /// Most other files of a request.
 const MAX_FILES: usize = 128;
 /// Samplers and switches of llama.cpp that are understood and not served, and what asks for nothing.
-const UNSUPPORTED: [(&str, &[&str]); 15] = [
+const UNSUPPORTED: [(&str, &[&str]); 13] = [
     ("mirostat", &["0"]),
     ("dynatemp_range", &["0", "0.0"]),
     ("dry_multiplier", &["0", "0.0"]),
@@ -34,8 +35,6 @@ const UNSUPPORTED: [(&str, &[&str]); 15] = [
     ("n_keep", &["0", "-1"]),
     ("n_indent", &["0"]),
     ("repeat_last_n", &["-1"]),
-    ("grammar", &["\"\""]),
-    ("json_schema", &["{}"]),
     ("lora", &["[]"]),
     ("n_cmpl", &["1"]),
     ("response_fields", &["[]"]),
@@ -68,6 +67,7 @@ impl Body for InfillBody {
             None => fields.count("max_tokens")?,
         };
         params.max_tokens = n_predict;
+        params.format = form(&mut fields)?;
         let mut files = Vec::new();
         if let Some(raw) = fields.raw("input_extra") {
             for (index, raw) in raw_list(raw, "input_extra", MAX_FILES)?.into_iter().enumerate() {
@@ -96,6 +96,24 @@ impl Body for InfillBody {
 
     fn ignored(&self) -> &Ignored {
         &self.ignored
+    }
+}
+
+/// The form of what fills the gap, where one is asked for: a grammar in llama.cpp's own form, or a schema.
+fn form(fields: &mut Fields<'_>) -> Result<Option<RequestedFormat>, ApiError> {
+    let grammar = fields.string("grammar")?.filter(|grammar| !grammar.is_empty());
+    let schema = fields.raw("json_schema").filter(|raw| raw.get() != "{}");
+    match (grammar, schema) {
+        (Some(_), Some(_)) => {
+            Err(invalid("json_schema", "cannot be used together with `grammar`: an output has one form"))
+        }
+        (Some(grammar), None) => {
+            Ok(Some(RequestedFormat { param: "grammar", format: OutputFormat::Gbnf(grammar.into()) }))
+        }
+        (None, Some(raw)) => {
+            Ok(Some(RequestedFormat { param: "json_schema", format: OutputFormat::JsonSchema(raw.get().into()) }))
+        }
+        (None, None) => Ok(None),
     }
 }
 

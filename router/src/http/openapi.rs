@@ -158,6 +158,8 @@ const INFILL: &[Field] = &[
     ("input_extra", "array", "Other files: filename and text"),
     ("n_predict", "integer", "Most tokens; -1 is until the end"),
     ("repeat_penalty", "number", "llama.cpp's name of repetition_penalty"),
+    ("grammar", "string", "What fills the gap, in GBNF"),
+    ("json_schema", "object", "Or a schema of it"),
     ("stream", "boolean", "Answers in pieces"),
     ("model", "string", "The served model's name"),
 ];

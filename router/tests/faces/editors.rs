@@ -19,6 +19,23 @@ async fn editors_fill_gaps() {
     assert_eq!(text, SAID);
     assert_eq!(parts.iter().filter(|part| part["stop"] == true).count(), 1);
     assert_eq!(parts.last().expect("parts")["stop"], true);
+    for (form, filled) in [
+        (json!({"grammar": "root ::= \"[\" [0-9]{2} \"]\"", "json_schema": {}}), 4),
+        (json!({"json_schema": {"type": "array", "maxItems": 0}, "grammar": ""}), 2),
+    ] {
+        let formed = server.post("/infill", &with(infill.clone(), form.clone())).await.json();
+        let content = formed["content"].as_str().expect("text");
+        assert!(content.starts_with('[') && content.ends_with(']') && content.len() == filled, "{form}: {content}");
+    }
+    for (form, named) in [
+        (json!({"grammar": "root ::= \"[\" [0-9"}), "`grammar`: cannot be read at line 1, column 14"),
+        (json!({"grammar": "root ::= \"x\"", "json_schema": {"type": "null"}}), "json_schema"),
+        (json!({"json_schema": 5}), "json_schema"),
+    ] {
+        let refused = server.post("/infill", &with(infill.clone(), form)).await;
+        let error = refused.json();
+        assert!(refused.status == 400 && error["error"]["message"].as_str().expect("words").contains(named), "{error}");
+    }
     let refused = server.post("/infill", &with(infill.clone(), json!({"input_suffix": null}))).await;
     assert_eq!((refused.status, refused.json()["error"]["code"].clone()), (StatusCode::BAD_REQUEST, json!(400)));
     assert_eq!(server.post("/infill", &with(infill, json!({"mirostat": 2}))).await.status, 400);

@@ -51,6 +51,7 @@ fn cases() -> Vec<Case> {
             && value.as_object().is_some_and(|fields| fields.len() == 3)
     };
     let lark = "start: \"<\" inner \">\"\ninner: /[a-c]{1,3}/ | start";
+    let gbnf = "root ::= \"<\" inner \">\"\ninner ::= [a-c]{1,3} | root";
     let is_nested = |text: &str| {
         let inner = text.trim_start_matches('<').trim_end_matches('>');
         let depth = text.len() - text.trim_start_matches('<').len();
@@ -88,6 +89,11 @@ fn cases() -> Vec<Case> {
         Case {
             http: json!({"structured_outputs": {"grammar": lark}}),
             grpc: Form::Lark(lark.to_owned()),
+            holds: is_nested,
+        },
+        Case {
+            http: json!({"structured_outputs": {"grammar": gbnf}}),
+            grpc: Form::Lark(gbnf.to_owned()),
             holds: is_nested,
         },
         Case {
@@ -238,7 +244,11 @@ async fn refusals_name_the_field_and_the_keyword() {
         (json!({"structured_outputs": {"choice": []}}), "structured_outputs", "empty"),
         (json!({"structured_outputs": {"choice": [1]}}), "structured_outputs.choice", "strings"),
         (json!({"structured_outputs": {"json": "not JSON"}}), "structured_outputs", "JSON"),
-        (json!({"structured_outputs": {"grammar": "root ::= \"x\""}}), "structured_outputs", "GBNF"),
+        (
+            json!({"structured_outputs": {"grammar": "root ::= \"x\"\nx := root"}}),
+            "structured_outputs",
+            "line 2, column 3",
+        ),
         (json!({"structured_outputs": {"grammar": "start: nobody"}}), "structured_outputs", "not well formed"),
         (json!({"structured_outputs": {"regex": "a", "choice": ["a"]}}), "structured_outputs", "one form"),
         (
