@@ -58,7 +58,7 @@ impl Tokens {
 }
 
 /// Where a match of `expr` that begins at `at` can end.
-fn ends(rules: &Rules, expr: &Expr, text: &[char], at: usize, known: &Known) -> BTreeSet<usize> {
+fn ends(expr: &Expr, text: &[char], at: usize, known: &Known) -> BTreeSet<usize> {
     match expr {
         Expr::Empty => [at].into(),
         Expr::Chars(ranges) => match text.get(at) {
@@ -66,16 +66,16 @@ fn ends(rules: &Rules, expr: &Expr, text: &[char], at: usize, known: &Known) -> 
             _ => [].into(),
         },
         Expr::Seq(items) => items.iter().fold([at].into(), |ends_of, item| {
-            ends_of.into_iter().flat_map(|at: usize| ends(rules, item, text, at, known)).collect()
+            ends_of.into_iter().flat_map(|at: usize| ends(item, text, at, known)).collect()
         }),
-        Expr::Any(items) => items.iter().flat_map(|item| ends(rules, item, text, at, known)).collect(),
+        Expr::Any(items) => items.iter().flat_map(|item| ends(item, text, at, known)).collect(),
         Expr::Repeat(item, least, most) => {
             let (mut all, mut now): (BTreeSet<usize>, BTreeSet<usize>) = (BTreeSet::new(), [at].into());
             for round in 0..=most.unwrap_or(least + text.len() as u32 + 1) {
                 if round >= *least {
                     all.extend(&now);
                 }
-                now = now.into_iter().flat_map(|at| ends(rules, item, text, at, known)).collect();
+                now = now.into_iter().flat_map(|at| ends(item, text, at, known)).collect();
             }
             all
         }
@@ -93,7 +93,7 @@ fn means(rules: &Rules, text: &str) -> bool {
         let mut next = Known::new();
         for (index, body) in rules.bodies.iter().enumerate() {
             for at in 0..=text.len() {
-                next.insert((index, at), ends(rules, body, &text, at, &known));
+                next.insert((index, at), ends(body, &text, at, &known));
             }
         }
         if next == known {
