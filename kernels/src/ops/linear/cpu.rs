@@ -52,7 +52,12 @@ pub(crate) struct Workspace {
     activations: AlignedBytes,
     /// Partial sums of each thread's unit: `[num_threads][MAX_UNIT_ROWS * MAX_PANEL_WIDTH]` f32.
     sums: AlignedBytes,
+    /// A stretch of compact weights of each thread, unpacked: `[num_threads][UNPACKED_BYTES]`.
+    unpacked: AlignedBytes,
 }
+
+/// Bytes of a stretch of bf16 weights.
+const UNPACKED_BYTES: usize = K_BLOCK / 2 * compact::PLAIN_STEP_BYTES;
 
 /// Numbers of one thread's share of [`Workspace::sums`].
 const SUMS_LEN: usize = MAX_UNIT_ROWS * tile::MAX_PANEL_WIDTH;
@@ -62,6 +67,7 @@ impl Workspace {
         Ok(Self {
             activations: AlignedBytes::zeroed("rounded activations", 0)?,
             sums: AlignedBytes::zeroed("partial sums", num_threads * SUMS_LEN * size_of::<f32>())?,
+            unpacked: AlignedBytes::zeroed("unpacked weights", num_threads * UNPACKED_BYTES)?,
         })
     }
 
@@ -134,15 +140,18 @@ fn pass(
     let num_blocks = num_rows.div_ceil(MAX_UNIT_ROWS);
     let num_units = weight.num_panels() * num_blocks;
     let sums = SharedMut::new(workspace.sums.view_mut::<f32>());
+    let unpacked = SharedMut::new(workspace.unpacked.view_mut::<u8>());
     let out = SharedMut::new(out);
     pool.run_units(num_units, &|worker, unit| {
         // SAFETY: each worker has its own share of the sums, and does one unit at a time.
         let sums = unsafe { sums.slice_mut(worker * SUMS_LEN..(worker + 1) * SUMS_LEN) };
+        // SAFETY: as above.
+        let unpacked = unsafe { unpacked.slice_mut(worker * UNPACKED_BYTES..(worker + 1) * UNPACKED_BYTES) };
         let (panel, block) = (unit / num_blocks, unit % num_blocks);
         let rows = split(num_rows, 1, block, num_blocks);
         // SAFETY: the activations hold `num_rows` rows of the stride; units are disjoint in (panel, rows), and so are
         // the parts of `out` that they write.
-        unsafe { compute_unit(weight, activations, panel, rows, finish, sums, &out) };
+        unsafe { compute_unit(weight, activations, panel, rows, finish, Scratch { sums, unpacked }, &out) };
     });
 }
 
@@ -159,6 +168,12 @@ unsafe impl Sync for Activations {}
 // SAFETY: as above.
 unsafe impl Send for Activations {}
 
+/// A thread's share of the [`Workspace`].
+struct Scratch<'a> {
+    sums: &'a mut [f32],
+    unpacked: &'a mut [u8],
+}
+
 /// All sums of `panel` for `rows` (at most [`MAX_UNIT_ROWS`]), and their epilogue.
 ///
 /// # Safety
@@ -169,16 +184,21 @@ unsafe fn compute_unit(
     panel: usize,
     rows: Range<usize>,
     finish: &Finish<'_>,
-    sums: &mut [f32],
+    scratch: Scratch<'_>,
     out: &SharedMut<'_, f32>,
 ) {
     let kernel = &weight.kernel;
     let width = kernel.panel_width;
     let num_tiles = rows.len().div_ceil(kernel.max_tile_rows);
     let num_steps = weight.num_steps();
+    let unpacks = kernel.is_compact && num_tiles >= compact::MIN_TILES_TO_UNPACK;
     let num_stretches = num_steps.div_ceil(K_BLOCK / kernel.features_per_step);
     let panel_start = weight.panel(panel);
+    let unpacked = scratch.unpacked.as_mut_ptr();
     let beside = weight.beside(panel);
+    if let Some(beside) = beside {
+        beside.fetch_ahead();
+    }
     let sum_scale = beside.map_or(1.0, Beside::sum_scale);
     for stretch in 0..num_stretches {
         let steps = split(num_steps, 1, stretch, num_stretches);
@@ -187,7 +207,7 @@ unsafe fn compute_unit(
         let stretch_bytes = steps.len() * kernel.step_bytes;
         for index in 0..num_tiles {
             let tile_rows = split(rows.len(), 1, index, num_tiles);
-            let sums = &mut sums[tile_rows.start * width..tile_rows.end * width];
+            let sums = &mut scratch.sums[tile_rows.start * width..tile_rows.end * width];
             // Each line is fetched ahead once. A tile alone fetches a little ahead in its own stream; of several, each
             // fetches its share of the stretch that comes next in memory, while this one is at work.
             let lines = split(kernel.lines_per_step(), 1, index, num_tiles);
@@ -204,15 +224,20 @@ unsafe fn compute_unit(
                         .first
                         .add(first_row * activations.stride + steps.start * kernel.activation_step_bytes),
                     activation_stride: activations.stride,
-                    weights,
+                    weights: if unpacks && index > 0 { unpacked } else { weights },
                     num_steps: steps.len(),
+                    unpacked,
                     sums: sums.as_mut_ptr(),
                     continues: stretch > 0,
                     prefetch: weights.wrapping_add(ahead),
                     num_lines: lines.len(),
                     is_alone: num_tiles == 1,
                 };
-                kernel.run(tile_rows.len(), &tile);
+                match (unpacks, index) {
+                    (false, _) => kernel.run(tile_rows.len(), &tile),
+                    (true, 0) => kernel.run_unpacking(tile_rows.len(), &tile),
+                    (true, _) => kernel.run_unpacked(tile_rows.len(), &tile),
+                }
                 if stretch + 1 == num_stretches {
                     if let Some(beside) = beside {
                         let first = activations.first.add(first_row * activations.stride);

@@ -23,14 +23,23 @@ use std::arch::x86_64::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::tile::{Tile, fetch_ahead, load_avx512, store_avx512};
-use crate::cpu::lanes::LANES;
+use crate::cpu::lanes::{LANES, prefetch};
 
 /// Bytes of a step: three lines for what plain weights need four for.
 pub(super) const STEP_BYTES: usize = 192;
 
+/// Bytes of a step of plain weights, and of an unpacked one.
+pub(super) const PLAIN_STEP_BYTES: usize = 256;
+
+/// From so many tiles on it is faster to unpack a stretch once, for all of them, than once for each.
+pub(super) const MIN_TILES_TO_UNPACK: usize = 3;
+
 /// Of so many numbers at most one may be an exception; a matrix with more stays plain. Some 1 in 5,000 is of numbers
 /// that are distributed normally.
 pub(super) const NUMBERS_PER_EXCEPTION: usize = 1024;
+
+/// Lines of exceptions that are asked for ahead: few have more.
+const MAX_LINES_AHEAD: usize = 16;
 
 /// Exponents that a window holds, beside that of zero.
 const WINDOW_LEN: usize = 15;
@@ -74,6 +83,13 @@ pub(super) struct Beside {
 impl Beside {
     pub(super) fn new(window: Window) -> Self {
         Self { window, exceptions: Vec::new() }
+    }
+
+    /// Asks for the exceptions, which lie elsewhere than the panel and are wanted when it is through.
+    pub(super) fn fetch_ahead(&self) {
+        for line in self.exceptions.chunks(64 / size_of::<Exception>()).take(MAX_LINES_AHEAD) {
+            prefetch(line.as_ptr().cast());
+        }
     }
 
     /// What finished sums are to be multiplied by.
@@ -225,6 +241,21 @@ pub(super) fn count_exponents(pairs: &[u32], counts: &mut [u32; 256]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,gfni")]
 pub(super) unsafe fn avx512_pairs<const R: usize, const P: usize>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`.
+    unsafe { avx512_steps::<R, P, false>(tile) }
+}
+
+/// The same, and leaves what it unpacked to the tiles that come after it.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,gfni")]
+pub(super) unsafe fn avx512_unpacking<const R: usize, const P: usize>(tile: &Tile) {
+    // SAFETY: see `Kernel::run`.
+    unsafe { avx512_steps::<R, P, true>(tile) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,gfni")]
+unsafe fn avx512_steps<const R: usize, const P: usize, const UNPACK: bool>(tile: &Tile) {
     // In every byte, bits 3 to 5 go to 0 to 2, and bit 6 to 7; others become zero. (Byte 7 - i chooses the source of bit i.)
     const UPPER: i64 = i64::from_le_bytes([1 << 6, 0, 0, 0, 0, 1 << 5, 1 << 4, 1 << 3]);
     // Of three bits a, b, mask: a where the mask is 1, else b.
@@ -238,6 +269,7 @@ pub(super) unsafe fn avx512_pairs<const R: usize, const P: usize>(tile: &Tile) {
         let mut weights = tile.weights;
         let mut prefetch = tile.prefetch;
         let mut activations = tile.activations;
+        let mut unpacked = tile.unpacked;
         for _ in 0..tile.num_steps {
             let [a, b, c] = std::array::from_fn(|line| _mm512_loadu_si512(weights.add(line * 64).cast()));
             let lower = _mm512_ternarylogic_epi32::<SELECT>(
@@ -253,6 +285,12 @@ pub(super) unsafe fn avx512_pairs<const R: usize, const P: usize>(tile: &Tile) {
                 _mm512_ternarylogic_epi32::<SELECT>(lower, upper, low_byte),
             ];
             fetch_ahead::<P>(prefetch, P == 3);
+            if UNPACK {
+                for (v, w) in w.iter().enumerate() {
+                    _mm512_storeu_si512(unpacked.add(v * 64).cast(), *w);
+                }
+                unpacked = unpacked.add(PLAIN_STEP_BYTES);
+            }
             for (r, acc) in acc.iter_mut().enumerate() {
                 let pair = activations.add(r * tile.activation_stride).cast::<i32>().read();
                 let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair));

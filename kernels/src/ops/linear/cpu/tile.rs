@@ -20,7 +20,7 @@
 use std::arch::x86_64::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::compact::avx512_pairs as avx512_compact_pairs;
+use super::compact::{avx512_pairs as avx512_compact_pairs, avx512_unpacking};
 use super::{compact, grouped};
 use crate::WeightFormat;
 use crate::cpu::Isa;
@@ -38,6 +38,8 @@ pub(super) struct Tile {
     /// The panel at the first step.
     pub(super) weights: *const u8,
     pub(super) num_steps: usize,
+    /// Where [`Kernel::run_unpacking`] leaves its weights.
+    pub(super) unpacked: *mut u8,
     /// `[rows][panel_width]`, in and out.
     pub(super) sums: *mut f32,
     /// Whether `sums` holds the chains so far; else they start at zero.
@@ -114,6 +116,8 @@ pub(super) struct Kernel {
     /// Whether weights lie in 12 bits a number, see [`compact`].
     pub(super) is_compact: bool,
     tiles: Tiles,
+    /// Those of a compact kernel that unpack for others, and the others.
+    unpacking: Option<(Tiles, Tiles)>,
 }
 
 /// Functions by rows - 1.
@@ -122,6 +126,15 @@ enum Tiles {
     /// By lines fetched ahead per step, too.
     Dense(&'static [[TileFn; 6]; 5]),
     Grouped(&'static [TileFn]),
+}
+
+impl Tiles {
+    fn function(&self, num_rows: usize, tile: &Tile) -> TileFn {
+        match self {
+            Self::Dense(tiles) => tiles[tile.num_lines][num_rows - 1],
+            Self::Grouped(tiles) => tiles[num_rows - 1],
+        }
+    }
 }
 
 impl Kernel {
@@ -135,6 +148,7 @@ impl Kernel {
                 is_compact: true,
                 activations: ActivationForm::ScaledBf16,
                 tiles: Tiles::Dense(&by_lines!(avx512_compact_pairs)),
+                unpacking: Some((Tiles::Dense(&by_lines!(avx512_unpacking)), plain.tiles)),
                 ..plain
             },
             _ => plain,
@@ -157,6 +171,7 @@ impl Kernel {
                     activation_step_bytes: grouped::activation_group_bytes(grouping.group_len),
                     is_compact: false,
                     tiles: Tiles::Grouped(tiles),
+                    unpacking: None,
                 };
             }
         };
@@ -169,6 +184,7 @@ impl Kernel {
             activation_step_bytes: if is_bf16 { 8 } else { 4 },
             is_compact: false,
             tiles: Tiles::Dense(if is_bf16 { &[tiles!(portable, true); 5] } else { &[tiles!(portable, false); 5] }),
+            unpacking: None,
         };
         match isa {
             Isa::Portable => base,
@@ -217,13 +233,28 @@ impl Kernel {
     /// All of the tile but `prefetch` points to memory of the sizes that follow from its numbers and this kernel's;
     /// `num_rows` is 1 to `max_tile_rows`.
     pub(super) unsafe fn run(&self, num_rows: usize, tile: &Tile) {
-        debug_assert!((1..=self.max_tile_rows).contains(&num_rows));
-        let tiles: &[TileFn] = match self.tiles {
-            Tiles::Dense(tiles) => &tiles[tile.num_lines],
-            Tiles::Grouped(tiles) => tiles,
-        };
         // SAFETY: by contract; the kernel was made for an available instruction set.
-        unsafe { tiles[num_rows - 1](tile) }
+        unsafe { self.tiles.function(num_rows, tile)(tile) }
+    }
+
+    /// As [`Kernel::run`], of a compact kernel; also leaves the tile's weights at `tile.unpacked`, plain.
+    ///
+    /// # Safety
+    /// As for [`Kernel::run`]; `tile.unpacked` has room for the tile's steps.
+    pub(super) unsafe fn run_unpacking(&self, num_rows: usize, tile: &Tile) {
+        let (unpacking, _) = self.unpacking.as_ref().expect("the kernel is compact");
+        // SAFETY: by contract.
+        unsafe { unpacking.function(num_rows, tile)(tile) }
+    }
+
+    /// As [`Kernel::run`], of a compact kernel, with weights that [`Kernel::run_unpacking`] left.
+    ///
+    /// # Safety
+    /// As for [`Kernel::run`].
+    pub(super) unsafe fn run_unpacked(&self, num_rows: usize, tile: &Tile) {
+        let (_, plain) = self.unpacking.as_ref().expect("the kernel is compact");
+        // SAFETY: by contract.
+        unsafe { plain.function(num_rows, tile)(tile) }
     }
 }
 
