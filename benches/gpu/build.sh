@@ -9,7 +9,7 @@ profile=${1:-release}
 bin=benches/gpu/bin
 max_kib=$((60 * 1024))
 
-options=(--profile "$profile" --config 'profile.release.strip=true' --config 'profile.dev.strip=true' --message-format=json)
+options=(--profile "$profile" --message-format=json)
 rm -rf "$bin"
 mkdir -p "$bin/kernels" "$bin/engine"
 
@@ -32,6 +32,7 @@ done
 
 for file in "$bin/quire" "${kernel_tests[@]/#/$bin/kernels/}" "${engine_tests[@]/#/$bin/engine/}"; do
     [ -x "$file" ] || { echo "error: $file was not built" >&2; exit 1; }
+    if command -v strip > /dev/null; then strip "$file"; fi
 done
 kib=$(du -sk "$bin" | cut -f1)
 echo "$bin: $kib KiB"

@@ -5,7 +5,10 @@ use quire_engine::testing::{
     ChoiceOutcome, Recorder, TinyModel, prompt_logits, prompt_logits_on, read_all, start_on, start_on_cpu, submission,
     tiny_model,
 };
-use quire_engine::{DTypeChoice, EngineConfig, EngineHandle, KvDTypeChoice, QuantizeChoice, SchedulerSettings};
+use quire_engine::{
+    DTypeChoice, EmbeddedModel, EngineConfig, EngineHandle, KvDTypeChoice, ModelSource, QuantizeChoice,
+    SchedulerSettings,
+};
 use quire_kernels::cpu::Isa;
 use quire_kernels::cuda::Device;
 use quire_kernels::device_tests;
@@ -46,8 +49,23 @@ fn deviation(found: &[f32], expected: &[f32]) -> f64 {
     differences.fold(0.0_f64, |worst, x| if x.is_nan() { f64::INFINITY } else { worst.max(x) }) / largest
 }
 
+/// The same model with norms that differ in their last bits, as they do between devices.
+fn nudged(source: &ModelSource) -> ModelSource {
+    let ModelSource::Embedded(model) = source else { panic!("a tiny model is embedded") };
+    let files = model.files.iter().map(|&(name, bytes)| match name {
+        "config.json" => {
+            let text = std::str::from_utf8(bytes).unwrap().replace("1e-5", "1.01e-5");
+            (name, &*text.into_bytes().leak())
+        }
+        _ => (name, bytes),
+    });
+    let files: Vec<_> = files.collect();
+    ModelSource::Embedded(Box::leak(Box::new(EmbeddedModel { name: model.name, files: files.leak() })))
+}
+
 /// Sums in another order; where numbers are rounded to few bits, one that lies near the edge may fall to its other side,
-/// and a tiny model spreads that far.
+/// and a tiny model spreads that far. How far is seen on the CPU alone: with norms that differ in their last bits its own
+/// logits move by 2.5e-2 in int4 and 2.9e-2 in int8.
 fn check_logits<D: Device>(open: OpenDevice<D>) {
     let f32_alone = EngineConfig { ..config(DTypeChoice::F32) };
     let bf16 = config(DTypeChoice::Bf16);
@@ -67,8 +85,14 @@ fn check_logits<D: Device>(open: OpenDevice<D>) {
             let found = prompt_logits_on(backend, &source, &engine, &prompts, 32).unwrap();
             let expected = prompt_logits(&source, Isa::detect(), &engine, &prompts, 32).unwrap();
             let deviation = deviation(&found[0], &expected[0]);
-            println!("{name}: {deviation:.1e}");
+            let own = self::deviation(
+                &prompt_logits(&nudged(&source), Isa::detect(), &engine, &prompts, 32).unwrap()[0],
+                &expected[0],
+            );
+            println!("{name}: {deviation:.1e}, and the CPU's own where norms differ by some 5e-7: {own:.1e}");
             assert!(deviation <= bound, "{name}: {deviation:.1e}");
+            // No further from the CPU than the CPU from itself, but for bf16, which it multiplies in pairs of its own.
+            assert!(name == "bf16" || deviation <= 2.0 * own, "{name}: {deviation:.1e}, {own:.1e}");
         }
     }
 }

@@ -21,7 +21,7 @@ struct Extent {
 /// All of it on a card; what an emulator does in some seconds.
 fn extent<D: Device>(backend: &CudaBackend<D>) -> Extent {
     match quire_kernels::Backend::info(backend).name == "emulator" {
-        true => Extent { prompts: 1, tokens: 12, new_tokens: 3 },
+        true => Extent { prompts: 2, tokens: 20, new_tokens: 4 },
         false => Extent { prompts: usize::MAX, tokens: usize::MAX, new_tokens: usize::MAX },
     }
 }
