@@ -341,7 +341,8 @@ impl<B: Backend> ModelExecutor<B> {
         for admission in &plan.admitted {
             self.admit(admission)?;
         }
-        self.model.tables.upload_block_tables(&mut self.backend, &self.batch)?;
+        self.model.tables.stage_block_tables(&mut self.backend, &self.batch)?;
+        self.backend.write_staged()?;
         let mut output = StepOutput::new(plan.step_id);
         for sequence in &plan.sequences {
             let token: &[u32] = if sequence.samples { &[0] } else { &[] };

@@ -428,16 +428,33 @@ fn draw(seed: u64, name: &str, len: usize, dtype: DType) -> Vec<u8> {
 /// Of the table's length.
 const TABLE_BITS: u32 = 12;
 
+/// Fewest hashes that a thread is started for.
+const MIN_SHARE: usize = 1 << 16;
+
 fn pick<const N: usize>(key: u64, len: usize, table: &[[u8; N]]) -> Vec<u8> {
     let table: &[[u8; N]; 1 << TABLE_BITS] = table.try_into().expect("the table has its length");
     let mut bytes = vec![0; len * N];
-    for (i, values) in bytes.chunks_mut(5 * N).enumerate() {
-        let mut hash = hash(key.wrapping_add(i as u64));
-        for value in values.chunks_exact_mut(N) {
-            value.copy_from_slice(&table[(hash % (1 << TABLE_BITS)) as usize]);
-            hash >>= TABLE_BITS;
+    let fill = |first: usize, bytes: &mut [u8]| {
+        for (i, values) in bytes.chunks_mut(5 * N).enumerate() {
+            let mut hash = hash(key.wrapping_add((first + i) as u64));
+            for value in values.chunks_exact_mut(N) {
+                value.copy_from_slice(&table[(hash % (1 << TABLE_BITS)) as usize]);
+                hash >>= TABLE_BITS;
+            }
         }
+    };
+    // Each hash has its place, so any core may fill any part.
+    let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = len.div_ceil(5).div_ceil(num_threads).max(MIN_SHARE);
+    if share * 5 >= len {
+        fill(0, &mut bytes);
+        return bytes;
     }
+    std::thread::scope(|scope| {
+        for (part, bytes) in bytes.chunks_mut(share * 5 * N).enumerate() {
+            scope.spawn(move || fill(part * share, bytes));
+        }
+    });
     bytes
 }
 

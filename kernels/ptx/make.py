@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the PTX beside this script of every `src/ops/<op>/<op>.cu`, and `manifest.rs`, which embeds it.
 
-    make.py           installs the pinned compiler into `.nvcc` at the root unless it is there, and makes the PTX
+    make.py           installs the pinned compiler into `.nvcc` at the root unless it is there, and makes the PTX of what changed
     make.py --check   assembles what is committed for every architecture that it is meant for: prints registers, spills and
                       shared memory of each kernel, and fails where one spills
 
@@ -82,12 +82,24 @@ def compile_module(nvcc, name, path, target):
     return out
 
 
+def is_made(name, path, target, manifest):
+    """Whether the PTX is there, is what the manifest says, and was made of these sources."""
+    out = PTX / f"{name}.{target}.ptx"
+    hashes = rf'include_bytes!\("{re.escape(out.name)}"\),\s+sha256: "(\w+)",\s+source_sha256: "(\w+)"'
+    found = re.search(hashes, manifest)
+    return bool(found) and out.exists() and found[1] == hashlib.sha256(out.read_bytes()).hexdigest() and found[2] == source_hash(path)
+
+
 def make(nvcc):
     modules = [(name, path, target) for name, path, targets in sources() for target in targets]
+    manifest_path = PTX / "manifest.rs"
+    manifest = manifest_path.read_text() if manifest_path.exists() else ""
+    stale = [module for module in modules if not is_made(*module, manifest)]
     with ThreadPoolExecutor(2) as pool:
-        outs = list(pool.map(lambda module: compile_module(nvcc, *module), modules))
-    for stale in set(PTX.glob("*.ptx")) - set(outs):
-        stale.unlink()
+        list(pool.map(lambda module: compile_module(nvcc, *module), stale))
+    outs = [PTX / f"{name}.{target}.ptx" for name, _, target in modules]
+    for unknown in set(PTX.glob("*.ptx")) - set(outs):
+        unknown.unlink()
     lines = ["// Made by make.py together with the files that it names: do not edit.", "&["]
     for (name, path, target), out in zip(modules, outs):
         lines += [
@@ -99,8 +111,8 @@ def make(nvcc):
             f'        source_sha256: "{source_hash(path)}",',
             "    },",
         ]
-    (PTX / "manifest.rs").write_text("\n".join([*lines, "]", ""]))
-    print(f"made {len(outs)} modules")
+    manifest_path.write_text("\n".join([*lines, "]", ""]))
+    print(f"made {len(stale)} of {len(outs)} modules")
 
 
 def assemble(module):

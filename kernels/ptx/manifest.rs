@@ -18,8 +18,8 @@
         name: "linear",
         arch: Arch::Sm80,
         text: include_bytes!("linear.sm_80.ptx"),
-        sha256: "25b81a4d2105db5d05a72f4bda4424cb4d36a78234681e181538530b9a66810e",
-        source_sha256: "b493bc272394822d5540275ee95366ceaa41e9af3f6df4ab08410e9bb1a2a35d",
+        sha256: "aad633903e3e9c703485a653f82d5eb47bbb6cfb41c64a84ee550e4e8fb2a793",
+        source_sha256: "c6a4edbb834fb8e14bffb3277fe9dcb4006654be05888222598186316876e525",
     },
     PtxModule {
         name: "logprobs",
@@ -69,5 +69,12 @@
         text: include_bytes!("sample.sm_80.ptx"),
         sha256: "ee3c4ea34d2b7c9d631c020428e159da6128cc4e0c75f98ee4d7b052b5baf9f7",
         source_sha256: "36bae0bce0fb9ea70bbb262de6bd20d75e19438ef9b7cc0ff6cc7be10d6980b7",
+    },
+    PtxModule {
+        name: "write_staged",
+        arch: Arch::Sm80,
+        text: include_bytes!("write_staged.sm_80.ptx"),
+        sha256: "8f4e840bfe85efe37f5d99cee5c5d9146193486d9477d1a6036945aad37682e6",
+        source_sha256: "8940b742a731d69b801859227454a39b728c17c9916091866031e2239ca0d748",
     },
 ]

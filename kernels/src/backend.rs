@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::kv_layout::KvLayout;
-use crate::ops::linear::WeightShape;
+use crate::ops::linear::{NormLinear, WeightShape};
 use crate::ops::rope_kv_write::AttentionShape;
 use crate::ops::{
     embed::Embed, gather_rows::GatherRows, linear::Linear, logprobs::Logprobs, paged_attention::PagedAttention,
@@ -140,6 +140,15 @@ pub trait Backend: Send + Sized + 'static {
     fn write_f32(&mut self, buffer: &mut Self::Buffer, offset: usize, data: &[f32]) -> Result<(), KernelError>;
     /// Copies `data` to `buffer[offset..]`. Fails unless the buffer holds `U32` and has room.
     fn write_u32(&mut self, buffer: &mut Self::Buffer, offset: usize, data: &[u32]) -> Result<(), KernelError>;
+    /// As [`Backend::write_u32`], for the many small writes of a step: they may wait for each other, and all are done when
+    /// [`Backend::write_staged`] was called. Nothing else reads or writes there in between, and no two of them overlap.
+    fn stage_u32(&mut self, buffer: &mut Self::Buffer, offset: usize, data: &[u32]) -> Result<(), KernelError> {
+        self.write_u32(buffer, offset, data)
+    }
+    /// Does all that was staged.
+    fn write_staged(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
     /// Copies `buffer[offset..]` to all of `out`, after everything queued before.
     fn read_f32(&mut self, buffer: &Self::Buffer, offset: usize, out: &mut [f32]) -> Result<(), KernelError>;
     /// Copies `buffer[offset..]` to all of `out`, after everything queued before.
@@ -214,6 +223,17 @@ pub trait Backend: Send + Sized + 'static {
     fn rms_norm(&mut self, args: RmsNorm<'_, Self>) -> Result<(), KernelError>;
     /// See [`Linear`].
     fn linear(&mut self, args: Linear<'_, Self>) -> Result<(), KernelError>;
+    /// See [`NormLinear`].
+    fn norm_linear(&mut self, args: NormLinear<'_, Self>) -> Result<(), KernelError> {
+        args.apart(self)
+    }
+    /// As [`Backend::linear`] with [`crate::ops::linear::Epilogue::Add`] and a stacked weight. Whether it left sums of squares
+    /// of what is in `out` now, for a norm behind it: `F32` `[num_rows, out_features / SQUARES_FEATURES]`, rounded up. That
+    /// depends on the weight alone.
+    fn add_linear(&mut self, args: Linear<'_, Self>, squares: &mut Self::Buffer) -> Result<bool, KernelError> {
+        let _ = squares;
+        self.linear(args).map(|()| false)
+    }
     /// See [`RopeTable`].
     fn rope_table(&mut self, args: RopeTable<'_, Self>) -> Result<(), KernelError>;
     /// See [`RopeKvWrite`].

@@ -55,18 +55,18 @@ impl<B: Backend> DeviceTables<B> {
         })
     }
 
-    /// Blocks that the step appended.
-    pub(super) fn upload_block_tables(&mut self, backend: &mut B, batch: &InputBatch) -> Result<(), KernelError> {
+    /// Stages the blocks that the step appended.
+    pub(super) fn stage_block_tables(&mut self, backend: &mut B, batch: &InputBatch) -> Result<(), KernelError> {
         for update in &batch.table_updates {
             let blocks = &batch.block_tables[update.group][update.offset..][..update.len];
-            backend.write_u32(&mut self.block_tables[update.group], update.offset, blocks)?;
+            backend.stage_u32(&mut self.block_tables[update.group], update.offset, blocks)?;
         }
         Ok(())
     }
 
-    /// The step's arrays.
+    /// The step's arrays, all of them by one upload where that helps.
     pub(super) fn upload(&mut self, backend: &mut B, batch: &InputBatch) -> Result<(), KernelError> {
-        self.upload_block_tables(backend, batch)?;
+        self.stage_block_tables(backend, batch)?;
         let arrays = [
             (&mut self.token_indices, &batch.token_indices),
             (&mut self.positions, &batch.positions),
@@ -80,9 +80,9 @@ impl<B: Backend> DeviceTables<B> {
         let slots = self.slot_mapping.iter_mut().zip(&batch.slot_mapping);
         for (buffer, array) in arrays.into_iter().chain(slots) {
             if !array.is_empty() {
-                backend.write_u32(buffer, 0, array)?;
+                backend.stage_u32(buffer, 0, array)?;
             }
         }
-        Ok(())
+        backend.write_staged()
     }
 }

@@ -5,8 +5,7 @@
 
 use quire_kernels::ops::embed::Embed;
 use quire_kernels::ops::gather_rows::GatherRows;
-use quire_kernels::ops::linear::WeightShape;
-use quire_kernels::ops::linear::{Epilogue, Linear};
+use quire_kernels::ops::linear::{Epilogue, Linear, NormLinear, SQUARES_FEATURES, WeightShape};
 use quire_kernels::ops::paged_attention::PagedAttention;
 use quire_kernels::ops::rms_norm::RmsNorm;
 use quire_kernels::ops::rope_kv_write::{QkNorm, RopeKvWrite};
@@ -111,6 +110,8 @@ struct Projection<B: Backend> {
 /// prompt would be larger than the model.
 struct Buffers<B: Backend> {
     hidden: B::Buffer,
+    /// Sums of squares of `hidden`, see [`Backend::add_linear`].
+    squares: B::Buffer,
     normed: B::Buffer,
     qkv: B::Buffer,
     attention: B::Buffer,
@@ -199,7 +200,8 @@ impl<B: Backend> Decoder<B> {
         let Self { config, embedding, layers, buffers, .. } = self;
         let StepInputs { num_tokens, num_seqs, kv, .. } = inputs;
         let (eps, dim, shape) = (config.rms_norm_eps, config.hidden_size, config.attention_shape());
-        let Buffers { hidden, normed, qkv, attention, mlp, cos_sin, .. } = buffers;
+        let Buffers { hidden, squares, normed, qkv, attention, mlp, cos_sin, .. } = buffers;
+        let norm_of = |weight| Norm { weight, eps, dim };
 
         backend.rope_table(RopeTable {
             positions: inputs.positions,
@@ -215,10 +217,12 @@ impl<B: Backend> Decoder<B> {
             num_tokens,
             out: hidden,
         })?;
+        // Whether there are sums of squares of `hidden`: not of embeddings.
+        let mut has_squares = false;
         for layer in layers {
-            let norm = RmsNorm { x: hidden, weight: &layer.input_norm, eps, num_rows: num_tokens, dim, out: normed };
-            backend.rms_norm(norm)?;
-            layer.qkv.apply(backend, normed, num_tokens, Epilogue::Store, qkv)?;
+            let norm = norm_of(&layer.input_norm);
+            let stream = Stream { x: hidden, squares: has_squares.then_some(&*squares), normed };
+            layer.qkv.apply_to_norm(backend, &norm, stream, num_tokens, Epilogue::Store, qkv)?;
             backend.rope_kv_write(RopeKvWrite {
                 qkv,
                 num_tokens,
@@ -246,13 +250,13 @@ impl<B: Backend> Decoder<B> {
                 out: attention,
             })?;
             // The residual stream is a rank's own sum: with several ranks, all but the first store where this adds, and
-            // the sum over ranks is the stream again.
-            layer.o.apply(backend, attention, num_tokens, Epilogue::Add, hidden)?;
+            // the sum over ranks is the stream again (and sums of squares, being of a part, are none).
+            has_squares = layer.o.add(backend, attention, num_tokens, hidden, squares)?;
             backend.all_reduce(hidden)?;
-            let norm = RmsNorm { x: hidden, weight: &layer.post_norm, eps, num_rows: num_tokens, dim, out: normed };
-            backend.rms_norm(norm)?;
-            layer.gate_up.apply(backend, normed, num_tokens, Epilogue::SwiGlu, mlp)?;
-            layer.down.apply(backend, mlp, num_tokens, Epilogue::Add, hidden)?;
+            let norm = norm_of(&layer.post_norm);
+            let stream = Stream { x: hidden, squares: has_squares.then_some(&*squares), normed };
+            layer.gate_up.apply_to_norm(backend, &norm, stream, num_tokens, Epilogue::SwiGlu, mlp)?;
+            has_squares = layer.down.add(backend, mlp, num_tokens, hidden, squares)?;
             backend.all_reduce(hidden)?;
         }
         Ok(())
@@ -282,16 +286,58 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
+/// A norm of the residual stream.
+struct Norm<'a, B: Backend> {
+    weight: &'a B::Buffer,
+    eps: f32,
+    dim: usize,
+}
+
+/// The residual stream where a norm reads it; `normed` is what the norm may write to.
+struct Stream<'a, B: Backend> {
+    x: &'a B::Buffer,
+    squares: Option<&'a B::Buffer>,
+    normed: &'a mut B::Buffer,
+}
+
 impl<B: Backend> Projection<B> {
-    fn apply(
+    /// Of the normalised stream.
+    fn apply_to_norm(
         &self,
         backend: &mut B,
-        x: &B::Buffer,
+        norm: &Norm<'_, B>,
+        stream: Stream<'_, B>,
         num_rows: usize,
         epilogue: Epilogue,
         out: &mut B::Buffer,
     ) -> Result<(), KernelError> {
-        backend.linear(Linear { x, num_rows, weight: &self.weight, bias: self.bias.as_ref(), epilogue, out })
+        let Stream { x, squares, normed } = stream;
+        backend.norm_linear(NormLinear {
+            x,
+            squares,
+            norm_weight: norm.weight,
+            eps: norm.eps,
+            normed,
+            num_rows,
+            in_features: norm.dim,
+            weight: &self.weight,
+            bias: self.bias.as_ref(),
+            epilogue,
+            out,
+        })
+    }
+
+    /// Adds to the stream. Whether there are sums of its squares then.
+    fn add(
+        &self,
+        backend: &mut B,
+        x: &B::Buffer,
+        num_rows: usize,
+        stream: &mut B::Buffer,
+        squares: &mut B::Buffer,
+    ) -> Result<bool, KernelError> {
+        let (weight, bias) = (&self.weight, self.bias.as_ref());
+        backend.add_linear(Linear { x, num_rows, weight, bias, epilogue: Epilogue::Add, out: stream }, squares)
     }
 }
 
@@ -302,6 +348,7 @@ impl<B: Backend> Buffers<B> {
         let mut alloc = |rows: usize, width: usize| backend.alloc(DType::F32, rows * width);
         Ok(Self {
             hidden: alloc(max_num_tokens, config.hidden_size)?,
+            squares: alloc(max_num_tokens, config.hidden_size.div_ceil(SQUARES_FEATURES))?,
             normed: alloc(max_num_tokens, config.hidden_size)?,
             qkv: alloc(max_num_tokens, shape.qkv_len())?,
             attention: alloc(max_num_tokens, shape.q_len())?,

@@ -8,13 +8,14 @@ use crate::cuda::memory::{CudaBuffer, CudaKv};
 use crate::ops::{
     embed::{self, Embed},
     gather_rows::{self, GatherRows},
-    linear::{self, Linear},
+    linear::{self, Linear, NormLinear},
     logprobs::{self, Logprobs},
     paged_attention::{self, PagedAttention},
     rms_norm::{self, RmsNorm},
     rope_kv_write::{self, RopeKvWrite},
     rope_table::{self, RopeTable},
     sample::{self, Sample, SamplerRow, SamplerShape},
+    write_staged,
 };
 use crate::{Backend, DType, DeviceInfo, DeviceMemory, KernelError, KvLayout, StepLimits, WeightSource};
 
@@ -28,6 +29,7 @@ pub struct CudaBackend<D: Device> {
     pub(crate) rope_frequencies: rope_table::cuda::Kept,
     pub(crate) linear_workspace: linear::cuda::Workspace,
     pub(crate) attention_workspace: paged_attention::cuda::Workspace,
+    pub(crate) staging: write_staged::cuda::Staging,
 }
 
 impl<D: Device> CudaBackend<D> {
@@ -42,6 +44,7 @@ impl<D: Device> CudaBackend<D> {
             rope_frequencies,
             linear_workspace: linear::cuda::Workspace::default(),
             attention_workspace: paged_attention::cuda::Workspace::default(),
+            staging: write_staged::cuda::Staging::default(),
         })
     }
 
@@ -165,6 +168,18 @@ impl<D: Device> Backend for CudaBackend<D> {
         if data.is_empty() { Ok(()) } else { self.device.upload(to, Word::bytes(data)) }
     }
 
+    fn stage_u32(&mut self, buffer: &mut CudaBuffer, offset: usize, data: &[u32]) -> Result<(), KernelError> {
+        let to = buffer.part(DType::U32, "stage_u32", offset, data.len())?;
+        if data.is_empty() || write_staged::cuda::stage(self, to, data)? {
+            return Ok(());
+        }
+        self.device.upload(to, Word::bytes(data))
+    }
+
+    fn write_staged(&mut self) -> Result<(), KernelError> {
+        write_staged::cuda::flush(self)
+    }
+
     fn read_f32(&mut self, buffer: &CudaBuffer, offset: usize, out: &mut [f32]) -> Result<(), KernelError> {
         let from = buffer.part(DType::F32, "read_f32", offset, out.len())?;
         self.read(from, out)
@@ -237,6 +252,7 @@ impl<D: Device> Backend for CudaBackend<D> {
 
     fn reserve(&mut self, limits: &StepLimits) -> Result<(), KernelError> {
         self.linear_workspace.reserve(&mut self.device, limits)?;
+        self.staging.reserve(&mut self.device, limits)?;
         self.attention_workspace.reserve(&mut self.device, limits)
     }
 
@@ -297,6 +313,14 @@ impl<D: Device> Backend for CudaBackend<D> {
 
     fn linear(&mut self, args: Linear<'_, Self>) -> Result<(), KernelError> {
         linear::cuda::linear(self, args)
+    }
+
+    fn norm_linear(&mut self, args: NormLinear<'_, Self>) -> Result<(), KernelError> {
+        linear::cuda::norm_linear(self, args)
+    }
+
+    fn add_linear(&mut self, args: Linear<'_, Self>, squares: &mut CudaBuffer) -> Result<bool, KernelError> {
+        linear::cuda::add_linear(self, args, squares)
     }
 
     fn rope_table(&mut self, args: RopeTable<'_, Self>) -> Result<(), KernelError> {

@@ -1,7 +1,7 @@
 //! A device that computes nothing and remembers what it was asked to do: for tests of what the host decides.
 //!
-//! Memory is real, so that uploads can be looked at and downloads give what was uploaded. Kernels do nothing, except what a
-//! test hands in.
+//! Memory is real, so that uploads can be looked at and downloads give what was uploaded. Kernels do nothing, except staged
+//! writes, which are uploads too, and what a test hands in.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -82,7 +82,16 @@ impl Recorder {
             total_bytes,
         };
         let memory = Memory { total_bytes, taken_bytes: 0, regions: BTreeMap::new(), next: 1 << 20 };
-        Self { facts, memory, calls: Calls::default(), graphs: Vec::new(), capturing: None, effects: BTreeMap::new() }
+        let mut recorder = Self {
+            facts,
+            memory,
+            calls: Calls::default(),
+            graphs: Vec::new(),
+            capturing: None,
+            effects: BTreeMap::new(),
+        };
+        recorder.set_effect(KernelId { module: "write_staged", function: "write_staged" }, write_staged);
+        recorder
     }
 
     /// Gives a kernel something to do.
@@ -110,6 +119,17 @@ impl Recorder {
             None => Ok(()),
         }
     }
+}
+
+/// Pieces to their places, as `write_staged.cu` says.
+fn write_staged(launch: &Launch<'_>, memory: &mut Memory) -> Result<(), KernelError> {
+    let &[Arg::Ptr(words)] = launch.args else { panic!("{launch:?}") };
+    let heads = memory.words(words, 4 * launch.grid[0] as usize);
+    for &[low, high, first, len] in heads.as_chunks::<4>().0 {
+        let piece = memory.words(words.offset(4 * first as usize), len as usize);
+        memory.set_words(DevicePtr(u64::from(low) | u64::from(high) << 32), &piece);
+    }
+    Ok(())
 }
 
 impl Memory {

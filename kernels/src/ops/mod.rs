@@ -10,11 +10,12 @@ pub mod rms_norm;
 pub mod rope_kv_write;
 pub mod rope_table;
 pub mod sample;
+pub(crate) mod write_staged;
 
 use crate::KernelError;
 
 /// Names of the operations' folders, which are those of their modules of device code.
-pub(crate) const NAMES: [&str; 9] = [
+pub(crate) const NAMES: [&str; 10] = [
     "embed",
     "gather_rows",
     "linear",
@@ -24,6 +25,7 @@ pub(crate) const NAMES: [&str; 9] = [
     "rope_kv_write",
     "rope_table",
     "sample",
+    "write_staged",
 ];
 
 /// Refuses a buffer that holds less than an operation reads or writes.

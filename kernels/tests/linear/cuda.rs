@@ -1,12 +1,12 @@
 //! CUDA: the device code in the emulator, at sizes that it can do, and on a card.
 
 use quire_kernels::cuda::Device;
-use quire_kernels::ops::linear::{Epilogue, WeightShape};
-use quire_kernels::testing::{OpenDevice, Rng, assert_same_bits};
+use quire_kernels::ops::linear::{Epilogue, Linear, NormLinear, SQUARES_FEATURES, WeightShape, reference};
+use quire_kernels::testing::{OpenDevice, POISON, Rng, Tolerance, assert_close, assert_same_bits};
 use quire_kernels::weight_format::Codes;
 use quire_kernels::{Backend, TensorFormat, WeightFormat, WeightLayout, WeightSource, device_tests};
 
-use crate::support::{BLOCKS, FORMATS, Matrix, check, file_format, gate_up, grouped, run, stacked};
+use crate::support::{BLOCKS, FORMATS, Matrix, buffer, check, file_format, gate_up, grouped, run, stacked};
 
 device_tests! {
     every_format_and_edge_is_near_the_reference: |open| every_format_and_edge_is_near_the_reference(open);
@@ -17,6 +17,8 @@ device_tests! {
     a_row_has_the_same_bits_in_every_batch: |open| a_row_has_the_same_bits_in_every_batch(open);
     table_codes_and_minima_reach_every_lane: |open| table_codes_and_minima_reach_every_lane(open);
     packed_bytes_are_as_foretold: |open| packed_bytes_are_as_foretold(open);
+    norms_come_with_products: |open| norms_come_with_products(open);
+    a_row_has_the_same_bits_behind_a_norm: |open| a_row_has_the_same_bits_behind_a_norm(open);
 }
 
 fn every_format_and_edge_is_near_the_reference<D: Device>(open: OpenDevice<D>) {
@@ -157,5 +159,132 @@ fn packed_bytes_are_as_foretold<D: Device>(open: OpenDevice<D>) {
             _ => 0,
         };
         assert_eq!(backend.weight_bytes(&shape), 256 * 256 * bits / 8 + num_scales * 2);
+    }
+}
+
+const EPS: f32 = 1e-5;
+
+/// What is added to a residual stream, and the product of what a norm makes of it.
+struct Pair<'a> {
+    adding: WeightSource<'a>,
+    behind: WeightSource<'a>,
+    norm_weight: &'a [f32],
+    bias: &'a [f32],
+    epilogue: Epilogue,
+}
+
+impl Pair<'_> {
+    /// The stream after `a` was multiplied and added to `before`, its sums of squares, and the product behind the norm.
+    fn run<B: Backend>(&self, backend: &mut B, a: &[f32], before: &[f32], num_rows: usize) -> [Vec<f32>; 3] {
+        let [adding, behind] = [&self.adding, &self.behind].map(|source| backend.pack_weight(source).expect("good"));
+        let (dim, num_squares) = (self.norm_weight.len(), self.norm_weight.len().div_ceil(SQUARES_FEATURES));
+        let out_cols = self.bias.len() / if self.epilogue == Epilogue::SwiGlu { 2 } else { 1 };
+        let a = buffer(backend, a);
+        let mut stream = buffer(backend, before);
+        let mut squares = buffer(backend, &vec![POISON; num_rows * num_squares]);
+        let args = Linear { x: &a, num_rows, weight: &adding, bias: None, epilogue: Epilogue::Add, out: &mut stream };
+        assert_eq!(backend.add_linear(args, &mut squares), Ok(true));
+        let norm_weight = buffer(backend, self.norm_weight);
+        let bias = buffer(backend, self.bias);
+        let mut normed = buffer(backend, &vec![POISON; num_rows * dim]);
+        let mut out = buffer(backend, &vec![POISON; num_rows * out_cols]);
+        backend
+            .norm_linear(NormLinear {
+                x: &stream,
+                squares: Some(&squares),
+                norm_weight: &norm_weight,
+                eps: EPS,
+                normed: &mut normed,
+                num_rows,
+                in_features: dim,
+                weight: &behind,
+                bias: Some(&bias),
+                epilogue: self.epilogue,
+                out: &mut out,
+            })
+            .expect("arguments fit");
+        [(&stream, dim), (&squares, num_squares), (&out, out_cols)].map(|(buffer, width)| {
+            let mut numbers = vec![0.0; num_rows * width];
+            backend.read_f32(buffer, 0, &mut numbers).expect("fits");
+            numbers
+        })
+    }
+}
+
+/// All but f32, whose products know of no norms.
+fn norm_formats() -> impl Iterator<Item = WeightFormat> {
+    FORMATS.into_iter().filter(|format| *format != WeightFormat::F32)
+}
+
+fn norms_come_with_products<D: Device>(open: OpenDevice<D>) {
+    let Some(mut backend) = open(None) else { return };
+    let mut rng = Rng::new(8);
+    for format in norm_formats() {
+        for (num_rows, dim, num_outputs) in [(1, 64, 33), (8, 260, 16), (9, 67, 17), (20, 132, 9), (40, 96, 20)] {
+            let adding = [Matrix::random(&mut rng, file_format(format), dim, 50)];
+            let behind = [Matrix::random(&mut rng, file_format(format), num_outputs, dim)];
+            let (norm_weight, bias) = (rng.normals(dim), rng.normals(num_outputs));
+            let pair = Pair {
+                adding: stacked(&adding, format),
+                behind: stacked(&behind, format),
+                norm_weight: &norm_weight,
+                bias: &bias,
+                epilogue: Epilogue::Store,
+            };
+            let (a, before) = (rng.normals(num_rows * 50), rng.outliers(num_rows * dim));
+            let [stream, squares, out] = pair.run(&mut backend, &a, &before, num_rows);
+            // The stream is what a plain product adds.
+            let weight = backend.pack_weight(&pair.adding).expect("a good source");
+            assert_same_bits(&stream, &run(&mut backend, &weight, &a, num_rows, None, Epilogue::Add, &before));
+            let scaled: Vec<f32> =
+                stream.chunks(dim).flat_map(|row| row.iter().zip(&norm_weight).map(|(x, w)| x * w)).collect();
+            let zeros = vec![0.0; num_rows * num_outputs];
+            let expected = reference::linear(&scaled, num_rows, &pair.behind, None, Epilogue::Store, &zeros);
+            for (row, x) in stream.chunks(dim).enumerate() {
+                let sums =
+                    x.chunks(SQUARES_FEATURES).map(|part| part.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>());
+                let sums: Vec<f64> = sums.collect();
+                let tolerance = Tolerance { abs: 0.0, rel: 1e-6 };
+                assert_close(&squares[row * sums.len()..][..sums.len()], &sums, tolerance);
+                let factor = (sums.iter().sum::<f64>() / dim as f64 + f64::from(EPS)).sqrt().recip();
+                for (col, &bias) in bias.iter().enumerate() {
+                    let index = row * num_outputs + col;
+                    let wanted = factor * expected.sums[index] + f64::from(bias);
+                    let chain = (6.0 * (dim as f64).sqrt()).max(4.0) + 16.0;
+                    let allowed =
+                        2.0_f64.powi(-24) * (chain * factor * expected.magnitudes[index] + 4.0 * wanted.abs());
+                    let error = (f64::from(out[index]) - wanted).abs();
+                    assert!(
+                        error <= allowed,
+                        "{format:?} {num_rows} {dim} [{row}, {col}]: {error:e}, allowed {allowed:e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Promise 1 with a norm on the way, whichever kernel takes a row and however many thread blocks share a sum.
+fn a_row_has_the_same_bits_behind_a_norm<D: Device>(open: OpenDevice<D>) {
+    for (index, format) in norm_formats().enumerate() {
+        let mut rng = Rng::new(9);
+        let dim = if index % 2 == 0 { 580 } else { 577 };
+        let adding = [Matrix::random(&mut rng, file_format(format), dim, 40)];
+        let parts = [0, 1].map(|_| Matrix::random(&mut rng, file_format(format), 9, dim));
+        let (norm_weight, bias) = (rng.normals(dim), rng.normals(18));
+        let (a, before) = (rng.normals(40), rng.outliers(dim));
+        for epilogue in [Epilogue::SwiGlu, Epilogue::Store] {
+            let behind = if epilogue == Epilogue::SwiGlu { gate_up(&parts, format) } else { stacked(&parts, format) };
+            let adding = stacked(&adding, format);
+            let pair = Pair { adding, behind, norm_weight: &norm_weight, bias: &bias, epilogue };
+            let mut alone: Option<Vec<f32>> = None;
+            for mut backend in [1000, 1].into_iter().filter_map(|number| open(Some(number))) {
+                for num_rows in [1, 8, 9, 17, 33, 70] {
+                    let [_, _, out] = pair.run(&mut backend, &a.repeat(num_rows), &before.repeat(num_rows), num_rows);
+                    let alone = alone.get_or_insert_with(|| out.clone());
+                    out.chunks(alone.len()).for_each(|own| assert_same_bits(own, alone));
+                }
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The CUDA version of [`super::Linear`]: which kernel of `linear.cu` takes which rows, and the memory between them.
 //!
 //! A product is one launch where x is read as it lies in memory (few rows of bf16, all of f32), else two: x is rounded to
-//! fragments first, then multiplied. Which kernel it is, and how many thread blocks share the input features, changes no
+//! fragments first, then multiplied. A norm before it comes with the one or the other and takes none, but for f32. Which kernel it is, and how many thread blocks share the input features, changes no
 //! bit of the result.
 
 mod weight;
@@ -10,10 +10,11 @@ pub use weight::CudaWeight;
 pub(crate) use weight::{pack_weight, weight_bytes};
 
 use self::weight::{Form, Kind};
-use super::{Epilogue, Linear, WeightShape};
+use super::{Epilogue, Linear, NormLinear, SQUARES_FEATURES, WeightShape};
 use crate::cuda::memory::Workspace as Memory;
-use crate::cuda::{Arg, CudaBackend, Device, DevicePtr, KernelId};
-use crate::{KernelError, StepLimits};
+use crate::cuda::{Arg, CudaBackend, CudaBuffer, Device, DevicePtr, KernelId};
+use crate::ops::at_least;
+use crate::{KernelError, StepLimits, WeightLayout};
 
 /// A ring of `linear.cu`: stages in it, and the bytes of one that hold x.
 const fn ring_bytes(num_stages: usize, weight_bytes: usize, x_bytes: usize) -> usize {
@@ -29,6 +30,8 @@ const fn int8_tile_bytes(groups_of_stage: usize) -> usize {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tile {
     function: &'static str,
+    /// Where x is normalised on its way.
+    norm_function: &'static str,
     tokens: usize,
     threads: u32,
     shared_bytes: usize,
@@ -45,26 +48,27 @@ enum XForm {
 
 const BF16_STAGE: usize = 16 << 10;
 
-const fn bf16_from_f32(function: &'static str, tokens: usize, num_stages: usize) -> Tile {
-    let shared_bytes = ring_bytes(num_stages, BF16_STAGE, tokens * (64 + 8) * 4);
-    Tile { function, tokens, threads: 128, shared_bytes, x: XForm::F32 }
+const fn bf16_from_f32(function: &'static str, norm_function: &'static str, tokens: usize, num_stages: usize) -> Tile {
+    // Tokens, and the norm's weights.
+    let shared_bytes = ring_bytes(num_stages, BF16_STAGE, tokens * (64 + 8) * 4 + 64 * 4);
+    Tile { function, norm_function, tokens, threads: 128, shared_bytes, x: XForm::F32 }
 }
 
 const fn bf16_from_fragments(function: &'static str, tokens: usize, num_stages: usize, threads: u32) -> Tile {
     let shared_bytes = ring_bytes(num_stages, BF16_STAGE, tokens * 64 * 2);
-    Tile { function, tokens, threads, shared_bytes, x: XForm::Bf16Fragments }
+    Tile { function, norm_function: function, tokens, threads, shared_bytes, x: XForm::Bf16Fragments }
 }
 
 const fn grouped(function: &'static str, tokens: usize, weight_bytes: usize, groups_of_stage: usize) -> Tile {
     let shared_bytes = ring_bytes(4, weight_bytes, tokens.div_ceil(16) * int8_tile_bytes(groups_of_stage));
     let threads = if tokens > 32 { 256 } else { 128 };
-    Tile { function, tokens, threads, shared_bytes, x: XForm::Int8Fragments }
+    Tile { function, norm_function: function, tokens, threads, shared_bytes, x: XForm::Int8Fragments }
 }
 
 const BF16_TILES: [Tile; 5] = [
-    bf16_from_f32("linear_bf16_x8", 8, 4),
-    bf16_from_f32("linear_bf16_x16", 16, 4),
-    bf16_from_f32("linear_bf16_x32", 32, 3),
+    bf16_from_f32("linear_bf16_x8", "linear_bf16_x8_norm", 8, 4),
+    bf16_from_f32("linear_bf16_x16", "linear_bf16_x16_norm", 16, 4),
+    bf16_from_f32("linear_bf16_x32", "linear_bf16_x32_norm", 32, 3),
     bf16_from_fragments("linear_bf16_t64", 64, 4, 128),
     bf16_from_fragments("linear_bf16_t128", 128, 3, 256),
 ];
@@ -83,8 +87,14 @@ const INT4_TILES: [Tile; 3] = [
     grouped("linear_int4_t32", 32, (8 << 10) + 8 * 256, 4),
     grouped("linear_int4_t64", 64, (8 << 10) + 8 * 256, 4),
 ];
-const F32_TILES: [Tile; 1] =
-    [Tile { function: "linear_f32", tokens: 16, threads: 128, shared_bytes: 0, x: XForm::F32 }];
+const F32_TILES: [Tile; 1] = [Tile {
+    function: "linear_f32",
+    norm_function: "linear_f32",
+    tokens: 16,
+    threads: 128,
+    shared_bytes: 0,
+    x: XForm::F32,
+}];
 
 impl Kind {
     /// From few to many tokens.
@@ -232,6 +242,72 @@ pub(crate) fn linear<D: Device>(
     backend: &mut CudaBackend<D>,
     args: Linear<'_, CudaBackend<D>>,
 ) -> Result<(), KernelError> {
+    multiply(backend, args, None, DevicePtr::NULL)
+}
+
+/// A norm on the way of x.
+#[derive(Clone, Copy)]
+struct Norm {
+    weight: DevicePtr,
+    squares: DevicePtr,
+    eps: f32,
+}
+
+impl Norm {
+    const NONE: Self = Self { weight: DevicePtr::NULL, squares: DevicePtr::NULL, eps: 0.0 };
+}
+
+pub(crate) fn norm_linear<D: Device>(
+    backend: &mut CudaBackend<D>,
+    args: NormLinear<'_, CudaBackend<D>>,
+) -> Result<(), KernelError> {
+    const OP: &str = "norm_linear";
+    let Some(squares) = args.squares.filter(|_| leaves_squares(args.weight)) else { return args.apart(backend) };
+    let in_features = args.weight.shape().in_features;
+    let num_squares = args.num_rows.saturating_mul(in_features.div_ceil(SQUARES_FEATURES));
+    at_least(OP, "in_features", in_features, args.in_features)?;
+    at_least(OP, "norm_weight", in_features, args.norm_weight.len())?;
+    at_least(OP, "squares", num_squares, squares.len())?;
+    let (weight, squares) = (args.norm_weight.f32(OP, "norm_weight")?, squares.f32(OP, "squares")?);
+    let norm = Norm { weight, squares, eps: args.eps };
+    let NormLinear { x, num_rows, weight, bias, epilogue, out, .. } = args;
+    multiply(backend, Linear { x, num_rows, weight, bias, epilogue, out }, Some(norm), DevicePtr::NULL)
+}
+
+pub(crate) fn add_linear<D: Device>(
+    backend: &mut CudaBackend<D>,
+    args: Linear<'_, CudaBackend<D>>,
+    squares: &mut CudaBuffer,
+) -> Result<bool, KernelError> {
+    const OP: &str = "add_linear";
+    let shape = args.weight.shape();
+    if args.epilogue != Epilogue::Add || shape.layout != WeightLayout::Stacked {
+        return Err(KernelError::Type { op: OP, argument: "epilogue", found: "one that does not add" });
+    }
+    if !leaves_squares(args.weight) {
+        return linear(backend, args).map(|()| false);
+    }
+    at_least(
+        OP,
+        "squares",
+        args.num_rows.saturating_mul(shape.out_features.div_ceil(SQUARES_FEATURES)),
+        squares.len(),
+    )?;
+    let squares = squares.f32(OP, "squares")?;
+    multiply(backend, args, None, squares).map(|()| true)
+}
+
+/// Whether products with this weight know of norms before and behind them: all but those of f32.
+fn leaves_squares(weight: &CudaWeight) -> bool {
+    Form::of(weight.shape().format).kind != Kind::F32
+}
+
+fn multiply<D: Device>(
+    backend: &mut CudaBackend<D>,
+    args: Linear<'_, CudaBackend<D>>,
+    norm: Option<Norm>,
+    squares: DevicePtr,
+) -> Result<(), KernelError> {
     let Linear { x, num_rows, weight, bias, epilogue, out } = args;
     let x_ptr = x.f32("linear", "x")?;
     let bias_ptr = bias.map_or(Ok(DevicePtr::NULL), |bias| bias.f32("linear", "bias"))?;
@@ -247,7 +323,7 @@ pub(crate) fn linear<D: Device>(
     let x_ptr = match plan.tile.x {
         XForm::F32 => x_ptr,
         form => {
-            round(backend, form, x_ptr, rounded, &sizes, &plan)?;
+            round(backend, form, [x_ptr, rounded], &sizes, &plan, norm.unwrap_or(Norm::NONE))?;
             rounded
         }
     };
@@ -270,12 +346,15 @@ pub(crate) fn linear<D: Device>(
         sizes.slice_stages.into(),
         weight.flags().into(),
         epilogue.into(),
+        norm.unwrap_or(Norm::NONE).weight.into(),
+        norm.unwrap_or(Norm::NONE).squares.into(),
+        norm.unwrap_or(Norm::NONE).eps.into(),
+        squares.into(),
     ];
-    // SAFETY: these are the parameters of every product; `check` saw that buffers are long enough, the workspace is what
-    // the plan says.
-    unsafe {
-        backend.launch(kernel(plan.tile.function), plan.grid, [plan.tile.threads, 1, 1], plan.tile.shared_bytes, &args)
-    }
+    let function = if norm.is_some() { plan.tile.norm_function } else { plan.tile.function };
+    // SAFETY: these are the parameters of every product; `check` saw that buffers are long enough, and the callers those of
+    // norms; the workspace is what the plan says.
+    unsafe { backend.launch(kernel(function), plan.grid, [plan.tile.threads, 1, 1], plan.tile.shared_bytes, &args) }
 }
 
 /// Sizes as kernels take them.
@@ -307,14 +386,14 @@ impl Sizes {
     }
 }
 
-/// Rounds x to the fragments that the plan's kernel reads.
+/// Rounds x to the fragments that the plan's kernel reads, behind the norm's weights.
 fn round<D: Device>(
     backend: &mut CudaBackend<D>,
     form: XForm,
-    x: DevicePtr,
-    rounded: DevicePtr,
+    [x, rounded]: [DevicePtr; 2],
     sizes: &Sizes,
     plan: &Plan,
+    norm: Norm,
 ) -> Result<(), KernelError> {
     const THREADS: usize = 256;
     let mut args: Vec<Arg> =
@@ -332,7 +411,10 @@ fn round<D: Device>(
         value: num_units as u64,
         limit: u64::from(u32::MAX),
     };
-    args.push(u32::try_from(num_units).map_err(too_many)?.into());
+    args.extend([Arg::from(u32::try_from(num_units).map_err(too_many)?), norm.weight.into()]);
+    if form == XForm::Int8Fragments {
+        args.extend([Arg::from(norm.squares), norm.eps.into()]);
+    }
     // SAFETY: these are the kernel's parameters; x has the rows, and the workspace the units.
     unsafe {
         backend.launch(kernel(function), [num_units.div_ceil(units_of_block), 1, 1], [THREADS as u32, 1, 1], 0, &args)

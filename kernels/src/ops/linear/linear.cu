@@ -16,9 +16,14 @@
 // | kernels           | x in the ring                                   | tokens of a tile   | warps |
 // |-------------------|-------------------------------------------------|--------------------|-------|
 // | linear_bf16_x8..  | f32 as it lies in memory, rounded when read     | 8, 16, 32          | 4     |
+// | .._norm           | the same, times the norm's weights              | 8, 16, 32          | 4     |
 // | linear_bf16_t64.. | fragments of bf16, made by linear_round_bf16    | 64, 128            | 4, 8  |
 // | linear_int8_..    | fragments of int8, made by linear_round_int8    | 8, 32, 64          | 4, 8  |
 // | linear_f32        | f32; plain multiplications, one chain, no slices | 16                 | 4     |
+//
+// A norm before the product. Numbers times the norm's weights are what is rounded, and the row's factor comes to its finished
+// sums (for weights in groups, to the scales of x): so nobody reads a row before the product does. The factor is of sums of 32
+// squares each, which the product before left behind when it added to the row.
 //
 // Weights in groups: products of whole numbers are exact within a group of 32 or 128 input features; the group's sum is
 // scaled and added in f32, groups in ascending order.
@@ -45,13 +50,14 @@ DEVICE Tile with_ring() {
     return tile;
 }
 
-template <int TOKENS>
-DEVICE void bf16_from_f32(const uint8_t* weights, const float* x, Output to, Job job, uint32_t in_features) {
-    auto tile = with_ring<Bf16FromF32<TOKENS>>();
+template <int TOKENS, bool HAS_NORM>
+DEVICE void bf16_from_f32(const uint8_t* weights, const float* x, Output to, Job job) {
+    auto tile = with_ring<Bf16FromF32<TOKENS, HAS_NORM>>();
     tile.weights = weights + size_t(blockIdx.y) * job.num_stages * STAGE_BYTES;
     tile.x = x;
+    tile.norm_weight = to.norm.weight;
     tile.num_rows = to.num_rows;
-    tile.in_features = in_features;
+    tile.in_features = to.norm.dim;
     run(job, to, tile);
 }
 
@@ -87,24 +93,41 @@ DEVICE void grouped(const uint8_t* weights, const uint8_t* x, Output to, Job job
 //   num_stages    of a panel; slice_stages of them are a slice
 //   flags         what the weight is, see weight.cuh
 //   epilogue      0 store, 1 add, 2 SwiGLU
+//   norm_weight   [in_features] where x is normalised, else null; norm_squares are the sums of its squares, 32 numbers each, and
+//                 norm_eps is added to their mean
+//   squares       null, or where to leave such sums of what was stored or added
 // Grid: tiles of tokens, panels, slices (or 1: one thread block goes through all of them).
 #define PARAMETERS(X)                                                                                                  \
     const uint8_t* weights, const X* x, float* out, const float* bias, float* partials, uint32_t* arrivals,            \
         uint32_t num_rows, uint32_t in_features, uint32_t out_features, uint32_t num_stages, uint32_t slice_stages,    \
-        uint32_t flags, uint32_t epilogue
-#define OUTPUT Output{out, bias, num_rows, out_features, flags & WEIGHT_IS_GATE_UP, epilogue}
+        uint32_t flags, uint32_t epilogue, const float* norm_weight, const float* norm_squares, float norm_eps,            \
+        float* squares
+#define NORM Norm{norm_weight, norm_squares, (in_features + SQUARES_FEATURES - 1) / SQUARES_FEATURES, in_features, norm_eps}
+#define OUTPUT Output{out, bias, squares, num_rows, out_features, flags & WEIGHT_IS_GATE_UP, epilogue, NORM}
 #define JOB Job{weights, num_stages, slice_stages, partials, arrivals}
 
 KERNEL(linear_bf16_x8, (128), PARAMETERS(float)) {
-    bf16_from_f32<8>(weights, x, OUTPUT, JOB, in_features);
+    bf16_from_f32<8, false>(weights, x, OUTPUT, JOB);
+}
+
+KERNEL(linear_bf16_x8_norm, (128), PARAMETERS(float)) {
+    bf16_from_f32<8, true>(weights, x, OUTPUT, JOB);
 }
 
 KERNEL(linear_bf16_x16, (128), PARAMETERS(float)) {
-    bf16_from_f32<16>(weights, x, OUTPUT, JOB, in_features);
+    bf16_from_f32<16, false>(weights, x, OUTPUT, JOB);
+}
+
+KERNEL(linear_bf16_x16_norm, (128), PARAMETERS(float)) {
+    bf16_from_f32<16, true>(weights, x, OUTPUT, JOB);
 }
 
 KERNEL(linear_bf16_x32, (128), PARAMETERS(float)) {
-    bf16_from_f32<32>(weights, x, OUTPUT, JOB, in_features);
+    bf16_from_f32<32, false>(weights, x, OUTPUT, JOB);
+}
+
+KERNEL(linear_bf16_x32_norm, (128), PARAMETERS(float)) {
+    bf16_from_f32<32, true>(weights, x, OUTPUT, JOB);
 }
 
 KERNEL(linear_bf16_t64, (128), PARAMETERS(uint8_t)) {
@@ -127,7 +150,7 @@ KERNEL(linear_int8_long_t64, (256), PARAMETERS(uint8_t)) {
     grouped<64, Codes::INT8_LONG>(weights, x, OUTPUT, JOB, flags);
 }
 
-KERNEL(linear_int8_short_t8, (128), PARAMETERS(uint8_t)) {
+KERNEL(linear_int8_short_t8, (128, 2), PARAMETERS(uint8_t)) {
     grouped<8, Codes::INT8_SHORT>(weights, x, OUTPUT, JOB, flags);
 }
 
@@ -161,6 +184,10 @@ KERNEL(linear_f32, (128), PARAMETERS(float)) {
     (void)arrivals;
     (void)num_stages;
     (void)slice_stages;
+    (void)norm_weight;
+    (void)norm_squares;
+    (void)norm_eps;
+    (void)squares;
     SHARED_ARRAY(float, x_numbers, K * TOKENS);
     const uint32_t lane = threadIdx.x % FEATURES;
     const uint32_t first = threadIdx.x / FEATURES * (TOKENS / 2);
@@ -210,9 +237,9 @@ KERNEL(linear_f32, (128), PARAMETERS(float)) {
 }
 
 // x to the B fragments of m16n8k16: [tile of 16 tokens][16 input features][lane][two tiles of 8 tokens][2] pairs of bf16,
-// zeros where there is no row or feature. A thread makes one lane's 16 bytes.
+// zeros where there is no row or feature. A thread makes one lane's 16 bytes. norm_weight may be null.
 KERNEL(linear_round_bf16, (256), const float* x, uint8_t* to, uint32_t num_rows, uint32_t in_features, uint32_t num_stages,
-                      uint32_t num_units) {
+                      uint32_t num_units, const float* norm_weight) {
     const uint32_t unit = blockIdx.x * 256 + threadIdx.x;
     if (unit >= num_units) {
         return;
@@ -228,8 +255,12 @@ KERNEL(linear_round_bf16, (256), const float* x, uint8_t* to, uint32_t num_rows,
         const uint32_t feature = step * 16 + i % 2 * 8 + lane % 4 * 2;
         const float* from = x + size_t(row) * in_features + feature;
         const bool has_row = row < num_rows;
-        const float low = has_row && feature < in_features ? from[0] : 0.0f;
-        const float high = has_row && feature + 1 < in_features ? from[1] : 0.0f;
+        float low = has_row && feature < in_features ? from[0] : 0.0f;
+        float high = has_row && feature + 1 < in_features ? from[1] : 0.0f;
+        if (norm_weight) {
+            low *= feature < in_features ? norm_weight[feature] : 0.0f;
+            high *= feature + 1 < in_features ? norm_weight[feature + 1] : 0.0f;
+        }
         words.word[i] = floats_to_bf16_pair(low, high);
     }
     store_16(to + size_t(unit) * 16, words);
@@ -239,7 +270,8 @@ KERNEL(linear_round_bf16, (256), const float* x, uint8_t* to, uint32_t num_rows,
 // [two tiles of 8 tokens][8], then for each group 16 scales and 16 sums of codes times their scale. A warp rounds a
 // token's part of a stage.
 KERNEL(linear_round_int8, (256), const float* x, uint8_t* to, uint32_t num_rows, uint32_t in_features, uint32_t num_stages,
-                      uint32_t group_len, uint32_t num_units) {
+                      uint32_t group_len, uint32_t num_units, const float* norm_weight, const float* norm_squares,
+                      float norm_eps) {
     const uint32_t unit = blockIdx.x * 8 + threadIdx.x / LANES;
     if (unit >= num_units) {
         return;
@@ -255,6 +287,9 @@ KERNEL(linear_round_int8, (256), const float* x, uint8_t* to, uint32_t num_rows,
         const uint32_t feature = stage * INT8_STAGE_FEATURES + lane * 4 + i;
         const bool is_there = row < num_rows && feature < in_features;
         numbers[i] = is_there ? x[size_t(row) * in_features + feature] : 0.0f;
+        if (norm_weight && is_there) {
+            numbers[i] *= norm_weight[feature];
+        }
         const float magnitude = fabsf(numbers[i]);
         largest = magnitude > largest ? magnitude : largest;
         // NaN where the number is not finite.
@@ -280,7 +315,8 @@ KERNEL(linear_round_int8, (256), const float* x, uint8_t* to, uint32_t num_rows,
     for (int apart = 1; apart < lanes_of_group; apart *= 2) {
         sum += __shfl_xor_sync(ALL_LANES, sum, apart);
     }
-    const float scale = (is_zero ? 0.0f : largest / 127.0f) + poison;
+    const float row_factor = norm_weight && row < num_rows ? norm_factor(NORM, row) : 1.0f;
+    const float scale = (is_zero ? 0.0f : largest / 127.0f) * row_factor + poison;
     const uint32_t groups = INT8_STAGE_FEATURES / group_len;
     const size_t bytes = 16 * INT8_STAGE_FEATURES + groups * 128;
     uint8_t* tile = to + (size_t(row / 16) * num_stages + stage) * bytes;

@@ -5,6 +5,7 @@ pub(crate) mod cuda;
 pub(crate) mod quantize;
 pub mod reference;
 
+use crate::ops::rms_norm::RmsNorm;
 use crate::weight_format::{Codes, Grouping, LONG_GROUP_LEN, SHORT_GROUP_LEN};
 use crate::{Backend, HostTensor, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
 
@@ -39,6 +40,43 @@ pub struct Linear<'a, B: Backend> {
     pub bias: Option<&'a B::Buffer>,
     pub epilogue: Epilogue,
     pub out: &'a mut B::Buffer,
+}
+
+/// Numbers of a row whose squares [`Backend::add_linear`] leaves as one sum.
+pub const SQUARES_FEATURES: usize = 32;
+
+/// A norm and the product behind it: [`crate::ops::rms_norm::RmsNorm`] of `x` to `normed`, then [`Linear`] of `normed`. A device
+/// may do both in one, and leaves `normed` as it is then: what is rounded for the product are numbers times the norm's weights,
+/// and the row's factor comes to the finished sums.
+///
+/// * `x`           `F32`, `[num_rows, in_features]`: the residual stream
+/// * `squares`     what [`Backend::add_linear`] left beside these very numbers, where it did. A caller gives it for all
+///   numbers of rows or for none: it changes bits
+/// * `norm_weight` `F32`, `[in_features]`
+/// * `normed`      `F32`, at least `[num_rows, in_features]`
+///
+/// All else as in [`Linear`].
+pub struct NormLinear<'a, B: Backend> {
+    pub x: &'a B::Buffer,
+    pub squares: Option<&'a B::Buffer>,
+    pub norm_weight: &'a B::Buffer,
+    pub eps: f32,
+    pub normed: &'a mut B::Buffer,
+    pub num_rows: usize,
+    pub in_features: usize,
+    pub weight: &'a B::Weight,
+    pub bias: Option<&'a B::Buffer>,
+    pub epilogue: Epilogue,
+    pub out: &'a mut B::Buffer,
+}
+
+impl<B: Backend> NormLinear<'_, B> {
+    /// One after the other.
+    pub(crate) fn apart(self, backend: &mut B) -> Result<(), KernelError> {
+        let Self { x, norm_weight, eps, normed, num_rows, in_features, weight, bias, epilogue, out, .. } = self;
+        backend.rms_norm(RmsNorm { x, weight: norm_weight, eps, num_rows, dim: in_features, out: normed })?;
+        backend.linear(Linear { x: normed, num_rows, weight, bias, epilogue, out })
+    }
 }
 
 impl<'a> WeightSource<'a> {

@@ -3,6 +3,7 @@
 
 #include "async_copy.cuh"
 #include "memory.cuh"
+#include "warp.cuh"
 #include "weight.cuh"
 
 namespace {
@@ -11,14 +12,41 @@ namespace {
 constexpr uint32_t ADD = 1;
 constexpr uint32_t SWIGLU = 2;
 
+// Numbers of a row whose squares are one sum: the features of a warp when outputs are stored.
+constexpr int SQUARES_FEATURES = 32;
+
+// x is normalised before the product (see rms_norm.cu): each number times its weight when it is read, each row by its factor
+// when its sums are finished. The row's squares come as sums of 32 each. No weight: x is as it should be.
+struct Norm {
+    const float* weight;
+    // [num_rows][num_sums]
+    const float* squares;
+    uint32_t num_sums;
+    uint32_t dim;
+    float eps;
+};
+
 struct Output {
     float* out;
     const float* bias;
+    // Of the outputs, [num_rows][out_features / 32, rounded up], where something is added and the next norm wants them.
+    float* squares;
     uint32_t num_rows;
     uint32_t out_features;
     uint32_t is_gate_up;
     uint32_t epilogue;
+    Norm norm;
 };
+
+// What the numbers of a row are multiplied by, in all lanes of a warp: sums in ascending order by lanes, then lanes.
+DEVICE float norm_factor(const Norm &norm, uint32_t row) {
+    const float* sums = norm.squares + size_t(row) * norm.num_sums;
+    float sum = 0.0f;
+    for (uint32_t i = lane_index(); i < norm.num_sums; i += 32) {
+        sum += sums[i];
+    }
+    return 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(norm.dim) + norm.eps);
+}
 
 // What a thread block computes, and where it leaves a slice's sums if others compute the rest.
 struct Job {
@@ -79,9 +107,36 @@ DEVICE bool merge(const Job &job, float* sums, uint32_t num_tokens) {
     return true;
 }
 
+// Finished sums, [token][feature of the panel], times their tokens' factors. Few steps, and registers are short: nothing is unrolled.
+template <int THREADS>
+DEVICE void multiply_by_factors(float* sums, const float* factors, uint32_t num_tokens) {
+    UNROLL_BY(1)
+    for (uint32_t token = threadIdx.x / PANEL_FEATURES; token < num_tokens; token += THREADS / PANEL_FEATURES) {
+        sums[token * SUMS_STRIDE + threadIdx.x % PANEL_FEATURES] *= factors[token];
+    }
+    __syncthreads();
+}
+
+// Of outputs that lie where their sums did, each written by the thread that reads it here. A warp has 32 features of a token.
+template <int THREADS>
+DEVICE void leave_squares(const Output &to, const float* outputs, uint32_t first_token, uint32_t num_tokens) {
+    const uint32_t place = threadIdx.x % PANEL_FEATURES;
+    const uint32_t num_squares = (to.out_features + SQUARES_FEATURES - 1) / SQUARES_FEATURES;
+    const uint32_t square = (blockIdx.y * PANEL_FEATURES + place) / SQUARES_FEATURES;
+    const bool is_there = blockIdx.y * PANEL_FEATURES + place < to.out_features;
+    UNROLL_BY(1)
+    for (uint32_t token = threadIdx.x / PANEL_FEATURES; token < num_tokens; token += THREADS / PANEL_FEATURES) {
+        const float y = is_there ? outputs[token * SUMS_STRIDE + place] : 0.0f;
+        const float sum = warp_sum(y * y);
+        if (lane_index() == 0 && square < num_squares) {
+            to.squares[size_t(first_token + token) * num_squares + square] = sum;
+        }
+    }
+}
+
 // From finished sums, [token][feature of the panel], to outputs.
 template <int THREADS>
-DEVICE void finish(const Output &to, const float* sums, uint32_t first_token, uint32_t num_tokens) {
+DEVICE void finish(const Output &to, float* sums, uint32_t first_token, uint32_t num_tokens) {
     if (to.epilogue == SWIGLU) {
         const uint32_t cols = to.out_features / 2;
         const uint32_t output = threadIdx.x % (PANEL_FEATURES / 2);
@@ -107,10 +162,33 @@ DEVICE void finish(const Output &to, const float* sums, uint32_t first_token, ui
     }
     const float bias = to.bias ? to.bias[feature] : 0.0f;
     float* out = to.out + size_t(first_token) * to.out_features + feature;
+    sums += place;
     for (uint32_t token = threadIdx.x / PANEL_FEATURES; token < num_tokens; token += THREADS / PANEL_FEATURES) {
-        const float y = sums[token * SUMS_STRIDE + place] + bias;
+        float y = sums[token * SUMS_STRIDE] + bias;
         float* at = out + size_t(token) * to.out_features;
-        *at = to.epilogue == ADD ? *at + y : y;
+        y = to.epilogue == ADD ? *at + y : y;
+        *at = y;
+        sums[token * SUMS_STRIDE] = y;
+    }
+}
+
+// When the factors of a tile's tokens are computed: not at all (they are in x), first, or last, where there are no registers
+// before.
+enum class Factors { NONE, FIRST, LAST };
+
+// The factors of a tile's tokens, where x is normalised.
+template <class Tile>
+DEVICE void norm_factors(const Output &to, float* factors) {
+    if (to.norm.weight) {
+        const uint32_t first_token = blockIdx.x * Tile::TOKENS;
+        const uint32_t num_tokens = min(uint32_t(Tile::TOKENS), to.num_rows - first_token);
+        UNROLL_BY(1)
+        for (uint32_t token = warp_index(); token < num_tokens; token += Tile::THREADS / 32) {
+            const float factor = norm_factor(to.norm, first_token + token);
+            if (lane_index() == 0) {
+                factors[token] = factor;
+            }
+        }
     }
 }
 
@@ -143,6 +221,11 @@ DEVICE void run(const Job &job, const Output &to, Tile &tile) {
             tile.load(first + ahead, ahead);
         }
         commit_copies();
+    }
+    SHARED_ARRAY(float, factors, Tile::TOKENS);
+    if (Tile::FACTORS == Factors::FIRST) {
+        // While the first stages are on their way.
+        norm_factors<Tile>(to, factors);
     }
     uint32_t in_slice = 0;
     bool is_first_slice = true;
@@ -192,11 +275,20 @@ DEVICE void run(const Job &job, const Output &to, Tile &tile) {
             }
         }
     }
+    if (Tile::FACTORS == Factors::LAST) {
+        norm_factors<Tile>(to, factors);
+    }
     __syncthreads();
     const uint32_t first_token = blockIdx.x * Tile::TOKENS;
     const uint32_t num_tokens = min(uint32_t(Tile::TOKENS), to.num_rows - first_token);
     if (gridDim.z == 1 || merge<Tile::THREADS, Tile::TOKENS>(job, shared_sums, num_tokens)) {
+        if (Tile::FACTORS != Factors::NONE && to.norm.weight) {
+            multiply_by_factors<Tile::THREADS>(shared_sums, &factors[0], num_tokens);
+        }
         finish<Tile::THREADS>(to, shared_sums, first_token, num_tokens);
+        if (to.squares) {
+            leave_squares<Tile::THREADS>(to, shared_sums, first_token, num_tokens);
+        }
     }
 }
 

@@ -34,18 +34,22 @@ struct Shape {
     }
 };
 
-// bf16 weights; x rounded when it is read.
-template <int TOKENS>
+// bf16 weights; x rounded when it is read, behind the norm's weights where it has any.
+template <int TOKENS, bool HAS_NORM>
 struct Bf16FromF32 : Shape<TOKENS, 64> {
     using Base = Shape<TOKENS, 64>;
+    static constexpr Factors FACTORS = HAS_NORM ? Factors::FIRST : Factors::NONE;
     static constexpr int STAGES = TOKENS > 16 ? 3 : 4;
     // Eight numbers more than a stage has, so that the rows of four tokens start in different banks.
     static constexpr int ROW_NUMBERS = BF16_STAGE_FEATURES + 8;
-    static constexpr int SLOT_BYTES = STAGE_BYTES + TOKENS * ROW_NUMBERS * 4;
+    // Weights, x, and the norm's weights of the stage's features.
+    static constexpr int X_BYTES = TOKENS * ROW_NUMBERS * 4;
+    static constexpr int SLOT_BYTES = STAGE_BYTES + X_BYTES + BF16_STAGE_FEATURES * 4;
 
     uint8_t* ring;
     const uint8_t* weights;
     const float* x;
+    const float* norm_weight;
     uint32_t num_rows;
     uint32_t in_features;
 
@@ -63,6 +67,12 @@ struct Bf16FromF32 : Shape<TOKENS, 64> {
             const float* from = is_there ? x + size_t(row) * in_features + feature : x;
             copy_async_16_or_zeros(to + STAGE_BYTES + (token * ROW_NUMBERS + index % CHUNKS * 4) * 4, from, is_there ? 16 : 0);
         }
+        if (HAS_NORM && threadIdx.x < CHUNKS) {
+            const uint32_t feature = stage * BF16_STAGE_FEATURES + threadIdx.x * 4;
+            const bool is_there = feature < in_features;
+            const float* from = is_there ? norm_weight + feature : norm_weight;
+            copy_async_16_or_zeros(to + STAGE_BYTES + X_BYTES + threadIdx.x * 16, from, is_there ? 16 : 0);
+        }
     }
 
     DEVICE void multiply(int slot, float (&sums)[2][Base::TOKEN_TILES][4]) const {
@@ -71,14 +81,25 @@ struct Bf16FromF32 : Shape<TOKENS, 64> {
         const uint8_t* a_from = from + (Base::first_feature_tile() * LANES + lane) * 16;
         const float* b_from =
             reinterpret_cast<const float*>(from + STAGE_BYTES) + lane / 4 * ROW_NUMBERS + lane % 4 * 2;
+        const float* norm_from = reinterpret_cast<const float*>(from + STAGE_BYTES + X_BYTES) + lane % 4 * 2;
         UNROLL
         for (int k = 0; k < BF16_STAGE_FEATURES / 16; ++k) {
             const Bytes16 a0 = load_16(a_from + k * TILES_OF_PANEL * LANES * 16);
             const Bytes16 a1 = load_16(a_from + (k * TILES_OF_PANEL + 1) * LANES * 16);
+            float2 norm_low = {1.0f, 1.0f};
+            float2 norm_high = {1.0f, 1.0f};
+            if (HAS_NORM) {
+                norm_low = load_float2(norm_from + k * 16);
+                norm_high = load_float2(norm_from + k * 16 + 8);
+            }
             UNROLL
             for (int n = 0; n < Base::TOKEN_TILES; ++n) {
-                const float2 low = load_float2(b_from + n * 8 * ROW_NUMBERS + k * 16);
-                const float2 high = load_float2(b_from + n * 8 * ROW_NUMBERS + k * 16 + 8);
+                float2 low = load_float2(b_from + n * 8 * ROW_NUMBERS + k * 16);
+                float2 high = load_float2(b_from + n * 8 * ROW_NUMBERS + k * 16 + 8);
+                if (HAS_NORM) {
+                    low = {low.x * norm_low.x, low.y * norm_low.y};
+                    high = {high.x * norm_high.x, high.y * norm_high.y};
+                }
                 const uint32_t b[2] = {floats_to_bf16_pair(low.x, low.y), floats_to_bf16_pair(high.x, high.y)};
                 mma_m16n8k16_bf16(sums[0][n], a0.word, b);
                 mma_m16n8k16_bf16(sums[1][n], a1.word, b);
@@ -91,6 +112,7 @@ struct Bf16FromF32 : Shape<TOKENS, 64> {
 template <int TOKENS>
 struct Bf16FromFragments : Shape<TOKENS, 64> {
     using Base = Shape<TOKENS, 64>;
+    static constexpr Factors FACTORS = Factors::LAST;
     static constexpr int STAGES = TOKENS > 64 ? 3 : 4;
     // Of 16 tokens.
     static constexpr int X_BYTES = 16 * BF16_STAGE_FEATURES * 2;
@@ -116,7 +138,8 @@ struct Bf16FromFragments : Shape<TOKENS, 64> {
         const int lane = Base::lane();
         const uint8_t* a_from = from + (Base::first_feature_tile() * LANES + lane) * 16;
         const uint8_t* b_from = from + STAGE_BYTES + Base::first_token() / 16 * X_BYTES + lane * 16;
-        UNROLL
+        // Not all at once: there are no registers to load so far ahead.
+        UNROLL_BY(2)
         for (int k = 0; k < BF16_STAGE_FEATURES / 16; ++k) {
             const Bytes16 a0 = load_16(a_from + k * TILES_OF_PANEL * LANES * 16);
             const Bytes16 a1 = load_16(a_from + (k * TILES_OF_PANEL + 1) * LANES * 16);
@@ -141,6 +164,8 @@ enum class Codes { INT8_LONG, INT8_SHORT, INT4_SHORT };
 template <int TOKENS, Codes CODES>
 struct Grouped : Shape<TOKENS, 32> {
     using Base = Shape<TOKENS, 32>;
+    // The scales of x hold the rows' factors.
+    static constexpr Factors FACTORS = Factors::NONE;
     static constexpr int STAGES = 4;
     static constexpr int GROUPS = CODES == Codes::INT8_LONG ? 1 : INT8_STAGE_FEATURES / 32;
     static constexpr int STEPS_OF_GROUP = INT8_STAGE_FEATURES / 32 / GROUPS;
