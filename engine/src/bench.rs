@@ -91,7 +91,7 @@ impl OnDevice for Load<'_> {
 
     fn run<B: Backend>(self, backend: B, peaks: Peaks, note: Option<String>) -> Result<ModelBench, EngineError> {
         let Self { source, engine, settings } = self;
-        let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, note)?;
+        let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, note, 0)?;
         let work = executor.work();
         let executor = Box::new(executor);
         Ok(ModelBench { executor, info, peaks, kv_plan, settings: settings.clone(), work, num_requests: 0 })

@@ -1,18 +1,18 @@
 //! The border between async callers and the engine's thread.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use quire_scheduler::{
-    AdapterId, CacheSalt, FinishReason, RequestId, SamplingParams, SchedulerStats, TenantId, Time, TokenLogprobs,
+    AdapterId, CacheSalt, FinishReason, RequestId, SamplingParams, SchedulerStats, TenantId, TokenLogprobs,
 };
 use tokio::sync::{mpsc, oneshot};
 
 use crate::constraint::Grammar;
 use crate::error::SubmitError;
 use crate::sampler;
+use crate::step_clock::StepClock;
 
 /// Most tokens whose log probability is reported beside the chosen one.
 pub const MAX_LOGPROBS: u32 = 128;
@@ -232,7 +232,7 @@ impl EngineHandle {
 
     /// What the step clock says; `stall_after` is how long a step may take.
     pub fn health(&self, stall_after: Duration) -> EngineHealth {
-        self.shared().health(stall_after)
+        self.shared().clock.health(stall_after)
     }
 
     /// Why the engine stopped, where that was not asked for.
@@ -271,10 +271,7 @@ pub(crate) struct Shared {
     wake: Condvar,
     pub(crate) stats: Mutex<SchedulerStats>,
     failure: Mutex<Option<String>>,
-    origin: Instant,
-    /// When the running step began, in microseconds since `origin` and one; 0 while there is no work.
-    busy_since: AtomicU64,
-    has_stopped: AtomicBool,
+    pub(crate) clock: StepClock,
 }
 
 /// What waits for the next step boundary.
@@ -372,16 +369,8 @@ impl Shared {
             wake: Condvar::new(),
             stats: Mutex::new(SchedulerStats::default()),
             failure: Mutex::new(None),
-            origin: Instant::now(),
-            busy_since: AtomicU64::new(0),
-            has_stopped: AtomicBool::new(false),
+            clock: StepClock::new(),
         }
-    }
-
-    /// The scheduler's clock.
-    pub(crate) fn time(&self, at: Instant) -> Time {
-        let micros = at.saturating_duration_since(self.origin).as_micros();
-        Time(u64::try_from(micros).unwrap_or(u64::MAX))
     }
 
     fn enqueue(
@@ -434,26 +423,6 @@ impl Shared {
         self.wake.notify_one();
     }
 
-    fn health(&self, stall_after: Duration) -> EngineHealth {
-        if self.has_stopped.load(Ordering::Acquire) {
-            return EngineHealth::Stopped;
-        }
-        let began = self.busy_since.load(Ordering::Acquire);
-        let now = self.time(Instant::now()).0;
-        let since = Duration::from_micros(now.saturating_sub(began.saturating_sub(1)));
-        if began == 0 || since <= stall_after { EngineHealth::Alive } else { EngineHealth::Stalled { since } }
-    }
-
-    /// The engine's thread begins a step.
-    pub(crate) fn begin_step(&self, now: Time) {
-        self.busy_since.store(now.0 + 1, Ordering::Release);
-    }
-
-    /// The engine's thread has nothing to do.
-    pub(crate) fn rest(&self) {
-        self.busy_since.store(0, Ordering::Release);
-    }
-
     /// Whether there is something to take.
     pub(crate) fn has_commands(&self) -> bool {
         let inbox = lock(&self.inbox);
@@ -493,7 +462,7 @@ impl Shared {
             inbox.ended_choices.clear();
             std::mem::take(&mut inbox.submissions)
         };
-        self.has_stopped.store(true, Ordering::Release);
+        self.clock.stop();
         // Without the lock: each stream that ends here asks for it.
         for mut queued in waiting {
             queued.stream.disarm();

@@ -1,6 +1,7 @@
 //! Runs models: one step loop over scheduler and kernels, and a handle to submit requests to it.
 //!
 //! [`start`] loads a model and gives an [`EngineHandle`]; [`EngineHandle::submit`] gives a [`TokenStream`] per request.
+//! Models that answer with vectors or scores have a smaller engine of their own: [`pooling`].
 //! Between the two borders one thread owns all state:
 //!
 //! ```text
@@ -23,12 +24,15 @@ mod input_batch;
 mod kv_cache;
 mod masks;
 mod memory;
+mod memory_plan;
 mod model_executor;
 mod model_files;
 mod models;
 mod observer;
+pub mod pooling;
 mod sampler;
 mod source;
+mod step_clock;
 mod step_loop;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -43,6 +47,7 @@ pub use executor::Executor;
 pub use handle::{
     DeviceMemoryUse, EngineHandle, EngineHealth, MAX_LOGPROBS, ModelInfo, Submission, TokenEvent, TokenStream,
 };
+pub use memory_plan::{MemoryNeed, free_memory, memory_need};
 pub use observer::{StepObserver, StepReport};
 pub use quire_kernels::DeviceInfo;
 pub use quire_scheduler as scheduler;
@@ -62,12 +67,23 @@ pub fn start(
     scheduler: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
+    start_beside(source, engine, scheduler, observer, 0)
+}
+
+/// As [`start`], where `reserved_bytes` of the host's free memory are for other models of this process.
+pub fn start_beside(
+    source: &ModelSource,
+    engine: &EngineConfig,
+    scheduler: &SchedulerSettings,
+    observer: Box<dyn StepObserver>,
+    reserved_bytes: u64,
+) -> Result<EngineHandle, EngineError> {
     // What needs no model is refused before minutes of loading one.
     step_loop::check_depth(engine.pipeline_depth)?;
     let (device, note) = executor::open_device(engine)?;
     match device {
-        Device::Cpu(backend) => start_on(*backend, source, engine, scheduler, observer, note),
-        Device::Cuda(backend) => start_on(*backend, source, engine, scheduler, observer, note),
+        Device::Cpu(backend) => start_on(*backend, source, engine, scheduler, observer, note, reserved_bytes),
+        Device::Cuda(backend) => start_on(*backend, source, engine, scheduler, observer, note, reserved_bytes),
     }
 }
 
@@ -78,9 +94,11 @@ fn start_on<B: Backend>(
     settings: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
     device_note: Option<String>,
+    reserved_bytes: u64,
 ) -> Result<EngineHandle, EngineError> {
     let pipeline_depth = if backend.computes_beside_the_host() { 1 } else { engine.pipeline_depth };
-    let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, device_note)?;
+    let loaded = ModelExecutor::load(backend, source, engine, settings, device_note, reserved_bytes)?;
+    let Loaded { executor, info, kv_plan } = loaded;
     let scheduler = Scheduler::new(scheduler_config(info.max_model_len, settings, kv_plan.groups))?;
     step_loop::spawn(executor, scheduler, info, pipeline_depth, observer)
 }

@@ -28,7 +28,8 @@ use crate::kv_cache::{self, Budget, KvPlan};
 use crate::masks::Masks;
 use crate::memory;
 use crate::model_files::ModelFiles;
-use crate::models::decoder::{Decoder, EMBEDDING, WeightChoice};
+use crate::models::decoder::{Decoder, EMBEDDING, Output};
+use crate::models::loader::WeightChoice;
 use crate::sampler::SamplerRows;
 use crate::source::ModelSource;
 use decode_graphs::{DecodeGraphs, Recorded};
@@ -86,13 +87,14 @@ pub(crate) struct Loaded<B: Backend> {
 }
 
 impl<B: Backend> ModelExecutor<B> {
-    /// Loads a model and takes all the memory that serving it needs.
+    /// Loads a model and takes all the memory that serving it needs; `reserved_bytes` of the host's are for others.
     pub(crate) fn load(
         mut backend: B,
         source: &ModelSource,
         engine: &EngineConfig,
         settings: &SchedulerSettings,
         device_note: Option<String>,
+        reserved_bytes: u64,
     ) -> Result<Loaded<B>, EngineError> {
         let ModelFiles { mut config, weights, eos_token_ids } = ModelFiles::open(source, engine)?;
         let dtype = dtype(engine.dtype, weights.dtype_of(EMBEDDING).or(config.dtype));
@@ -115,11 +117,11 @@ impl<B: Backend> ModelExecutor<B> {
         if engine.load_format == LoadFormat::Dummy || weights.dtype_of(EMBEDDING).is_some() {
             device_memory::check_weights(&mut backend, &config, choice)?;
         }
-        let decoder = Decoder::load(&mut backend, config, &weights, choice, max_num_tokens, &windows)
+        let decoder = Decoder::load(&mut backend, config, &weights, choice, max_num_tokens, &windows, Output::Logits)
             .map_err(|error| device_memory::explain(&mut backend, before, error))?;
         let digest = weights.digest();
         drop(weights);
-        let free = memory::free_memory();
+        let free = memory::free_memory().saturating_sub(reserved_bytes);
         let weights = decoder.size().weight_bytes;
         let left = device_memory::left_for_cache(&mut backend)?;
         let budget = match (exact, left) {
@@ -559,7 +561,7 @@ impl<B: Backend> InFlight<B> {
 }
 
 /// What the cache is stored as beside weights of `dtype`.
-fn kv_dtype(choice: KvDTypeChoice, dtype: DType) -> DType {
+pub(crate) fn kv_dtype(choice: KvDTypeChoice, dtype: DType) -> DType {
     match choice {
         KvDTypeChoice::Auto => dtype,
         KvDTypeChoice::F32 => DType::F32,

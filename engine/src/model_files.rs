@@ -7,11 +7,14 @@ use crate::error::EngineError;
 use crate::gguf;
 use crate::model_executor::dtype;
 use crate::models::config::{ModelConfig, generation_eos};
+use crate::models::decoder::EMBEDDING;
 use crate::source::ModelSource;
 use crate::weights::{self, Weights};
 
 /// Of dummy weights.
-const DUMMY_SEED: u64 = 0;
+pub(crate) const DUMMY_SEED: u64 = 0;
+/// Where a decoder's tensors are, beside those of its head.
+const BASE: &str = "model.";
 
 /// What a model is made of.
 pub(crate) struct ModelFiles {
@@ -33,10 +36,13 @@ impl ModelFiles {
         let config_json = weights::read_config(source, "config.json")?
             .ok_or_else(|| EngineError::ModelFile { file: "config.json".to_owned(), why: "is missing".to_owned() })?;
         let config = ModelConfig::parse(&config_json)?;
-        let weights = match engine.load_format {
+        let mut weights = match engine.load_format {
             LoadFormat::Auto => Weights::open(source, &config_json)?,
             LoadFormat::Dummy => Weights::dummy(DUMMY_SEED, dtype(engine.dtype, config.dtype), &config_json),
         };
+        if !weights.contains(EMBEDDING) && EMBEDDING.strip_prefix(BASE).is_some_and(|name| weights.contains(name)) {
+            weights.put_below(BASE);
+        }
         let mut eos_token_ids = match weights::read_config(source, "generation_config.json")? {
             Some(json) => generation_eos(&json)?,
             None => Vec::new(),

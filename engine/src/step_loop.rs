@@ -83,7 +83,8 @@ pub(crate) fn check_depth(pipeline_depth: u32) -> Result<(), EngineError> {
     Ok(())
 }
 
-fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
+/// What a panic said.
+pub(crate) fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
     if let Some(message) = payload.downcast_ref::<&str>() {
         message
     } else {
@@ -133,7 +134,7 @@ impl<E: Executor> StepLoop<E> {
             let wait = if self.scheduler.has_work() { Wait::No } else { Wait::Yes };
             if wait == Wait::Yes {
                 self.note_stats();
-                self.shared.rest();
+                self.shared.clock.rest();
                 self.check();
             }
             self.shared.take_commands(wait, MAX_SUBMISSIONS_PER_STEP, &mut self.commands);
@@ -141,7 +142,7 @@ impl<E: Executor> StepLoop<E> {
                 return Ok(());
             }
             let now = self.now();
-            self.shared.begin_step(now);
+            self.shared.clock.begin(now);
             self.obey(now);
             self.publish();
             if self.scheduler.has_work() {
@@ -165,7 +166,7 @@ impl<E: Executor> StepLoop<E> {
     }
 
     fn now(&self) -> Time {
-        self.shared.time(Instant::now())
+        self.shared.clock.time(Instant::now())
     }
 
     /// Carries out what was asked since the last step.
@@ -205,7 +206,7 @@ impl<E: Executor> StepLoop<E> {
             max_tokens: submission.max_tokens,
             min_tokens: submission.min_tokens,
             stop_token_ids: submission.stop_token_ids,
-            deadline: submission.deadline.map(|at| self.shared.time(at)),
+            deadline: submission.deadline.map(|at| self.shared.clock.time(at)),
         };
         match self.scheduler.submit(request, now) {
             Ok(()) => {
@@ -236,7 +237,7 @@ impl<E: Executor> StepLoop<E> {
     /// Plans and launches a step; takes in those that are due.
     fn step(&mut self) -> Result<(), EngineError> {
         let began = Instant::now();
-        let plan = self.scheduler.plan(self.shared.time(began));
+        let plan = self.scheduler.plan(self.shared.clock.time(began));
         let planned = Instant::now();
         let num_decodes = self.count_decodes(&plan);
         for admission in &plan.admitted {
@@ -277,7 +278,7 @@ impl<E: Executor> StepLoop<E> {
         let is_empty = plan.is_empty();
         let num_prefill_tokens = plan.num_scheduled_tokens - num_decodes;
         let num_sampled_tokens = output.token_ids.len() as u32;
-        self.scheduler.apply(plan, &mut output, self.shared.time(collected));
+        self.scheduler.apply(plan, &mut output, self.shared.clock.time(collected));
         self.executor.recycle(output);
         self.publish();
         if !is_empty {

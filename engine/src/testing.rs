@@ -23,6 +23,7 @@ use crate::handle::{EngineHandle, ModelInfo, Submission, TokenEvent, TokenStream
 use crate::masks::Masks;
 use crate::model_executor::ModelExecutor;
 use crate::observer::{StepObserver, StepReport};
+use crate::pooling::PoolingHandle;
 use crate::source::{EmbeddedModel, ModelSource};
 use crate::weights::nearly_normal;
 use crate::{scheduler_config, step_loop};
@@ -433,7 +434,7 @@ pub fn start_on<B: Backend>(
     settings: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
-    crate::start_on(backend, source, engine, settings, observer, None)
+    crate::start_on(backend, source, engine, settings, observer, None, 0)
 }
 
 /// Starts an engine over any executor: lengths and blocks are those of `model`, budgets those of `settings`.
@@ -467,6 +468,17 @@ pub fn start_on_cpu(
     start_on(cpu(isa, engine)?, source, engine, settings, observer)
 }
 
+/// As [`crate::pooling::start`], on the CPU with chosen instructions.
+pub fn start_pooling_on_cpu(
+    source: &ModelSource,
+    isa: Isa,
+    engine: &EngineConfig,
+    settings: &SchedulerSettings,
+    observer: Box<dyn StepObserver>,
+) -> Result<PoolingHandle, EngineError> {
+    crate::pooling::start_on(cpu(isa, engine)?, source, engine, settings, observer, None, 0)
+}
+
 fn cpu(isa: Isa, engine: &EngineConfig) -> Result<CpuBackend, EngineError> {
     Ok(CpuBackend::new(CpuConfig { num_threads: engine.num_threads.max(1), isa: Some(isa) })?)
 }
@@ -495,7 +507,7 @@ pub fn prompt_logits_on<B: Backend>(
     let settings =
         SchedulerSettings { max_num_seqs: 1, max_num_batched_tokens: chunk_len as u32, ..SchedulerSettings::default() };
     let blocks = EngineConfig { kv_cache_memory: 64 << 20, ..engine.clone() };
-    let mut executor = ModelExecutor::load(backend, source, &blocks, &settings, None)?.executor;
+    let mut executor = ModelExecutor::load(backend, source, &blocks, &settings, None, 0)?.executor;
     assert!(longest <= executor.max_model_len(), "the cache has room for every prompt");
     prompts.iter().map(|prompt| Ok(executor.prompt_logits(prompt, chunk_len)?)).collect()
 }

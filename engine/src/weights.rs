@@ -174,9 +174,31 @@ impl Weights {
         }
     }
 
+    /// Bytes of all tensors in the files.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        match &self.values {
+            Values::Files { index, .. } => index.values().map(|entry| entry.range.len() as u64).sum(),
+            Values::Dummy { .. } => 0,
+        }
+    }
+
     /// Whether the files hold the tensor.
     pub(crate) fn contains(&self, name: &str) -> bool {
         matches!(&self.values, Values::Files { index, .. } if index.contains_key(name))
+    }
+
+    /// Puts `prefix` before every name: files of a model that was saved without its head leave it out.
+    pub(crate) fn put_below(&mut self, prefix: &str) {
+        if let Values::Files { index, .. } = &mut self.values {
+            *index = index.drain().map(|(name, entry)| (format!("{prefix}{name}"), entry)).collect();
+        }
+    }
+
+    /// Takes what is not needed as read: heads that a model of another purpose left in its files.
+    pub(crate) fn pass_over(&self, names: &[String]) {
+        if let Values::Files { index, .. } = &self.values {
+            names.iter().filter_map(|name| index.get(name)).for_each(|entry| entry.is_read.set(true));
+        }
     }
 
     /// Refuses files that hold tensors which the model did not read: they would be dropped in silence, and the model
@@ -189,8 +211,9 @@ impl Weights {
             let original = copies.iter().find(|(copy, _)| *copy == name).and_then(|(_, of)| index.get(*of));
             original.is_some_and(|of| of.shape == entry.shape && bytes(of) == bytes(entry))
         };
-        // Older files carry the rotary frequencies, which follow from config.json.
-        let is_derived = |name: &str| name.ends_with(".rotary_emb.inv_freq");
+        // Older files carry rotary frequencies and numbers of positions, which follow from config.json.
+        let is_derived =
+            |name: &str| name.ends_with(".rotary_emb.inv_freq") || name.ends_with("embeddings.position_ids");
         let unread =
             index.iter().filter(|(name, entry)| !entry.is_read.get() && !is_derived(name) && !is_copy(name, entry));
         match unread.map(|(name, _)| name).min() {
@@ -411,7 +434,7 @@ fn draw(seed: u64, name: &str, len: usize, dtype: DType) -> Vec<u8> {
         .fold(0xcbf2_9ce4_8422_2325 ^ seed, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     // A model has billions of them: they are picked from a table, five with each hash. Its values come in pairs of both
     // signs, so that their mean is zero.
-    let is_norm = name.ends_with("norm.weight");
+    let is_norm = name.ends_with("norm.weight") || name.ends_with("Norm.weight");
     let value = |i: u64| match i % 2 {
         _ if is_norm => 1.0,
         0 => DUMMY_STD * nearly_normal(i),

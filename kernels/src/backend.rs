@@ -6,9 +6,10 @@ use crate::kv_layout::KvLayout;
 use crate::ops::linear::{NormLinear, WeightShape};
 use crate::ops::rope_kv_write::AttentionShape;
 use crate::ops::{
-    embed::Embed, gather_rows::GatherRows, linear::Linear, logprobs::Logprobs, paged_attention::PagedAttention,
-    rms_norm::RmsNorm, rope_kv_write::RopeKvWrite, rope_table::RopeTable, sample::Sample, sample::SamplerRow,
-    sample::SamplerShape,
+    activation::Activation, add_rows::AddRows, embed::Embed, encoder_attention::EncoderAttention,
+    gather_rows::GatherRows, layer_norm::LayerNorm, linear::Linear, logprobs::Logprobs,
+    paged_attention::PagedAttention, rms_norm::RmsNorm, rope_kv_write::RopeKvWrite, rope_table::RopeTable,
+    sample::Sample, sample::SamplerRow, sample::SamplerShape,
 };
 use crate::{KernelError, TensorFormat, WeightFormat};
 
@@ -247,11 +248,33 @@ pub trait Backend: Send + Sized + 'static {
     /// See [`Logprobs`].
     fn logprobs(&mut self, args: Logprobs<'_, Self>) -> Result<(), KernelError>;
 
+    /// See [`LayerNorm`]. This and what follows is what encoders need beside; a device that has no code for it refuses.
+    fn layer_norm(&mut self, _args: LayerNorm<'_, Self>) -> Result<(), KernelError> {
+        Err(not_here(self, LayerNorm::<Self>::OP))
+    }
+    /// See [`Activation`].
+    fn activation(&mut self, _args: Activation<'_, Self>) -> Result<(), KernelError> {
+        Err(not_here(self, Activation::<Self>::OP))
+    }
+    /// See [`AddRows`].
+    fn add_rows(&mut self, _args: AddRows<'_, Self>) -> Result<(), KernelError> {
+        Err(not_here(self, AddRows::<Self>::OP))
+    }
+    /// See [`EncoderAttention`].
+    fn encoder_attention(&mut self, _args: EncoderAttention<'_, Self>) -> Result<(), KernelError> {
+        Err(not_here(self, EncoderAttention::<Self>::OP))
+    }
+
     /// Sums `buffer` over all ranks of a tensor-parallel group, in rank order. With one rank there is nothing to add.
     fn all_reduce(&mut self, buffer: &mut Self::Buffer) -> Result<(), KernelError> {
         let _ = buffer;
         Ok(())
     }
+}
+
+/// An operation that a device has no code for.
+fn not_here<B: Backend>(backend: &B, op: &'static str) -> KernelError {
+    KernelError::Device { device: backend.info().kind, cause: format!("{op} has no code for this device") }
 }
 
 /// Refuses a range that a buffer of `found` numbers does not have.

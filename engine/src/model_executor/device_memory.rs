@@ -5,7 +5,8 @@ use quire_kernels::{Backend, DeviceMemory};
 use crate::error::EngineError;
 use crate::handle::DeviceMemoryUse;
 use crate::models::config::ModelConfig;
-use crate::models::decoder::{Decoder, WeightChoice};
+use crate::models::decoder::Decoder;
+use crate::models::loader::WeightChoice;
 
 /// Left to what is taken while steps run, the driver's own and recordings of steps: the smaller of so many bytes and this
 /// part of the device.

@@ -148,9 +148,9 @@ impl Shape {
 
 /// A JSON object whose fields are asked for by name; `null` is absent.
 pub(crate) struct Fields<'a> {
-    object: &'a Map<String, Value>,
+    pub(super) object: &'a Map<String, Value>,
     /// Where the object stands in the file, for messages.
-    prefix: &'static str,
+    pub(super) prefix: &'static str,
 }
 
 impl<'a> Fields<'a> {
@@ -247,7 +247,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The first of `architectures`, or else `model_type`.
-    fn architecture(&self) -> Result<String, EngineError> {
+    pub(super) fn architecture(&self) -> Result<String, EngineError> {
         match self.get("architectures") {
             None => {
                 let model_type = self.string("model_type")?.ok_or_else(|| self.error("architectures", "is missing"))?;
@@ -261,7 +261,7 @@ impl<'a> Fields<'a> {
     }
 
     /// `dtype`, or `torch_dtype` of the older form.
-    fn dtype(&self) -> Result<Option<DType>, EngineError> {
+    pub(super) fn dtype(&self) -> Result<Option<DType>, EngineError> {
         let name = if self.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
         match self.string(name)? {
             None => Ok(None),
@@ -302,7 +302,7 @@ fn prefix_of(name: &'static str) -> &'static str {
     }
 }
 
-fn parse_object(file: &str, json: &[u8]) -> Result<Map<String, Value>, EngineError> {
+pub(crate) fn parse_object(file: &str, json: &[u8]) -> Result<Map<String, Value>, EngineError> {
     match serde_json::from_slice(json) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(_) => Err(EngineError::ModelFile { file: file.to_owned(), why: "is not a JSON object".to_owned() }),

@@ -10,12 +10,12 @@ use quire_kernels::ops::paged_attention::PagedAttention;
 use quire_kernels::ops::rms_norm::RmsNorm;
 use quire_kernels::ops::rope_kv_write::{QkNorm, RopeKvWrite};
 use quire_kernels::ops::rope_table::RopeTable;
-use quire_kernels::{Backend, DType, KernelError, WeightFormat, WeightLayout, WeightSource};
+use quire_kernels::{Backend, DType, KernelError, WeightLayout};
 
 use super::config::ModelConfig;
-use crate::config::QuantizeChoice;
+use super::loader::{Loader, ModelSize, Projection, Role, WeightChoice};
 use crate::error::EngineError;
-use crate::weights::{Tensor, Weights};
+use crate::weights::Weights;
 
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
@@ -38,6 +38,14 @@ pub(crate) struct StepInputs<'a, B: Backend> {
     pub kv: &'a mut [B::Kv],
 }
 
+/// What is wanted of the last layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Output {
+    Logits,
+    /// Normalised hidden states alone, see [`Decoder::compute_hidden`].
+    Hidden,
+}
+
 /// A loaded model.
 pub(crate) struct Decoder<B: Backend> {
     config: ModelConfig,
@@ -48,43 +56,6 @@ pub(crate) struct Decoder<B: Backend> {
     final_norm: B::Buffer,
     buffers: Buffers<B>,
     size: ModelSize,
-}
-
-/// What a model takes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct ModelSize {
-    pub num_parameters: u64,
-    pub weight_bytes: u64,
-    /// What most of its parameters are stored as.
-    pub format: &'static str,
-}
-
-/// What weights become when they are packed.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct WeightChoice {
-    /// Of dense weights that are not quantized.
-    pub dtype: DType,
-    pub quantize: QuantizeChoice,
-}
-
-impl WeightChoice {
-    /// What weights become that are numbers in their files.
-    const fn format_of_numbers(self, role: Role, in_features: usize) -> WeightFormat {
-        match (self.quantize, role) {
-            (QuantizeChoice::None, _) => WeightFormat::dense(self.dtype),
-            (QuantizeChoice::Int4, Role::Projection) => WeightFormat::int4(),
-            (QuantizeChoice::Int4, Role::Vocabulary) | (QuantizeChoice::Int8, _) => WeightFormat::int8(in_features),
-        }
-    }
-}
-
-/// What a weight is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
-    /// Of a layer.
-    Projection,
-    /// Embedding or output layer, where rounding costs most.
-    Vocabulary,
 }
 
 struct Layer<B: Backend> {
@@ -99,11 +70,6 @@ struct Layer<B: Backend> {
     /// Which KV group the layer belongs to, and its index there.
     group: usize,
     layer_in_group: usize,
-}
-
-struct Projection<B: Backend> {
-    weight: B::Weight,
-    bias: Option<B::Buffer>,
 }
 
 /// Activations, `[max_num_tokens, width]` each; the last three `[logits_tile, width]`: the logits of a long
@@ -124,7 +90,8 @@ struct Buffers<B: Backend> {
 
 impl<B: Backend> Decoder<B> {
     /// Packs all weights as `choice` says and allocates buffers for steps of at most `max_num_tokens`. `kv_groups` are the
-    /// windows of the KV groups; every layer's window is one of them.
+    /// windows of the KV groups; every layer's window is one of them. A model of [`Output::Hidden`] whose files have no output
+    /// matrix needs none.
     pub(crate) fn load(
         backend: &mut B,
         config: ModelConfig,
@@ -132,11 +99,13 @@ impl<B: Backend> Decoder<B> {
         choice: WeightChoice,
         max_num_tokens: usize,
         kv_groups: &[Option<u32>],
+        output: Output,
     ) -> Result<Self, EngineError> {
-        let mut loader = Loader { backend, weights, choice, size: ModelSize::default(), formats: Vec::new() };
+        let mut loader = Loader::new(backend, weights, choice);
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let embedding = loader.vocabulary(&[(EMBEDDING.to_owned(), vocab)], hidden)?;
-        let lm_head = match config.tie_word_embeddings {
+        let has_output = output == Output::Logits || weights.contains(LM_HEAD);
+        let lm_head = match config.tie_word_embeddings || !has_output {
             true => None,
             false => Some(loader.vocabulary(&[(LM_HEAD.to_owned(), vocab)], hidden)?),
         };
@@ -151,7 +120,7 @@ impl<B: Backend> Decoder<B> {
         }
         let size = loader.finish();
         weights.refuse_unread(if config.tie_word_embeddings { &[(LM_HEAD, EMBEDDING)] } else { &[] })?;
-        let buffers = Buffers::alloc(backend, &config, max_num_tokens)?;
+        let buffers = Buffers::alloc(backend, &config, max_num_tokens, output)?;
         Ok(Self { config, embedding, lm_head, layers, final_norm, buffers, size })
     }
 
@@ -170,6 +139,14 @@ impl<B: Backend> Decoder<B> {
             + bytes(hidden, intermediate, WeightLayout::Stacked, Role::Projection);
         let num_vocabularies = if config.tie_word_embeddings { 1 } else { 2 };
         num_vocabularies * vocabulary + config.num_layers as u64 * layer
+    }
+
+    /// Bytes of the buffers of steps of at most `max_num_tokens`, those of logits left out.
+    pub(crate) fn expected_buffer_bytes(config: &ModelConfig, max_num_tokens: usize) -> u64 {
+        let shape = config.attention_shape();
+        let width =
+            2 * config.hidden_size + shape.qkv_len() + shape.q_len() + config.intermediate_size + shape.head_dim;
+        (max_num_tokens * width * DType::F32.size()) as u64
     }
 
     pub(crate) fn config(&self) -> &ModelConfig {
@@ -262,6 +239,23 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
+    /// Normalised hidden states of the tokens of the last step at `indices[offset..offset + num_rows]`, at most
+    /// [`Backend::logits_tile`] rows: `[num_rows, hidden_size]`.
+    pub(crate) fn compute_hidden(
+        &mut self,
+        backend: &mut B,
+        indices: &B::Buffer,
+        offset: usize,
+        num_rows: usize,
+    ) -> Result<&B::Buffer, KernelError> {
+        let Self { config, final_norm, buffers, .. } = self;
+        let Buffers { hidden, gathered, gathered_normed, .. } = buffers;
+        let (eps, dim) = (config.rms_norm_eps, config.hidden_size);
+        backend.gather_rows(GatherRows { x: hidden, dim, indices, indices_offset: offset, num_rows, out: gathered })?;
+        backend.rms_norm(RmsNorm { x: gathered, weight: final_norm, eps, num_rows, dim, out: gathered_normed })?;
+        Ok(gathered_normed)
+    }
+
     /// Logits of the tokens of the last step at `indices[offset..offset + num_rows]`; at most [`Backend::logits_tile`] rows.
     pub(crate) fn compute_logits(
         &mut self,
@@ -270,11 +264,9 @@ impl<B: Backend> Decoder<B> {
         offset: usize,
         num_rows: usize,
     ) -> Result<(), KernelError> {
-        let Self { config, embedding, lm_head, final_norm, buffers, .. } = self;
-        let Buffers { hidden, gathered, gathered_normed, logits, .. } = buffers;
-        let (eps, dim) = (config.rms_norm_eps, config.hidden_size);
-        backend.gather_rows(GatherRows { x: hidden, dim, indices, indices_offset: offset, num_rows, out: gathered })?;
-        backend.rms_norm(RmsNorm { x: gathered, weight: final_norm, eps, num_rows, dim, out: gathered_normed })?;
+        self.compute_hidden(backend, indices, offset, num_rows)?;
+        let Self { embedding, lm_head, buffers, .. } = self;
+        let Buffers { gathered_normed, logits, .. } = buffers;
         backend.linear(Linear {
             x: gathered_normed,
             num_rows,
@@ -342,9 +334,18 @@ impl<B: Backend> Projection<B> {
 }
 
 impl<B: Backend> Buffers<B> {
-    fn alloc(backend: &mut B, config: &ModelConfig, max_num_tokens: usize) -> Result<Self, KernelError> {
+    fn alloc(
+        backend: &mut B,
+        config: &ModelConfig,
+        max_num_tokens: usize,
+        output: Output,
+    ) -> Result<Self, KernelError> {
         let shape = config.attention_shape();
         let tile = backend.logits_tile();
+        let num_logits = match output {
+            Output::Logits => tile * config.vocab_size,
+            Output::Hidden => 0,
+        };
         let mut alloc = |rows: usize, width: usize| backend.alloc(DType::F32, rows * width);
         Ok(Self {
             hidden: alloc(max_num_tokens, config.hidden_size)?,
@@ -356,19 +357,9 @@ impl<B: Backend> Buffers<B> {
             cos_sin: alloc(max_num_tokens, shape.head_dim)?,
             gathered: alloc(tile, config.hidden_size)?,
             gathered_normed: alloc(tile, config.hidden_size)?,
-            logits: alloc(tile, config.vocab_size)?,
+            logits: alloc(1, num_logits)?,
         })
     }
-}
-
-/// Reads tensors and packs them, one weight at a time.
-struct Loader<'a, B: Backend> {
-    backend: &'a mut B,
-    weights: &'a Weights,
-    choice: WeightChoice,
-    size: ModelSize,
-    /// Parameters of each format.
-    formats: Vec<(&'static str, u64)>,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -411,71 +402,5 @@ impl<B: Backend> Loader<'_, B> {
             group,
             layer_in_group,
         })
-    }
-
-    /// Modules `(name, out_features)` fused to one weight, with their biases one after the other.
-    fn projection(
-        &mut self,
-        modules: &[(String, usize)],
-        in_features: usize,
-        layout: WeightLayout,
-        has_bias: bool,
-    ) -> Result<Projection<B>, EngineError> {
-        let named = |suffix: &str| -> Vec<(String, usize)> {
-            modules.iter().map(|(name, len)| (format!("{name}.{suffix}"), *len)).collect()
-        };
-        let weight = self.weight(&named("weight"), in_features, layout, Role::Projection)?;
-        let bias = if has_bias { Some(self.vectors(&named("bias"))?) } else { None };
-        Ok(Projection { weight, bias })
-    }
-
-    fn vocabulary(&mut self, parts: &[(String, usize)], in_features: usize) -> Result<B::Weight, EngineError> {
-        self.weight(parts, in_features, WeightLayout::Stacked, Role::Vocabulary)
-    }
-
-    fn weight(
-        &mut self,
-        parts: &[(String, usize)],
-        in_features: usize,
-        layout: WeightLayout,
-        role: Role,
-    ) -> Result<B::Weight, EngineError> {
-        let tensors: Vec<Tensor<'_>> = parts
-            .iter()
-            .map(|(name, out_features)| self.weights.matrix(name, *out_features, in_features))
-            .collect::<Result<_, _>>()?;
-        let parts: Vec<_> = tensors.iter().map(Tensor::host).collect();
-        let format =
-            WeightFormat::of_blocks(&parts).unwrap_or_else(|| self.choice.format_of_numbers(role, in_features));
-        let source = WeightSource { parts, layout, format };
-        let shape = WeightShape::of(&source)?;
-        let num_parameters = (shape.out_features * in_features) as u64;
-        self.size.num_parameters += num_parameters;
-        match self.formats.iter_mut().find(|(name, _)| *name == format.name()) {
-            Some((_, num)) => *num += num_parameters,
-            None => self.formats.push((format.name(), num_parameters)),
-        }
-        let weight = self.backend.pack_weight(&source)?;
-        self.size.weight_bytes += self.backend.packed_bytes(&weight) as u64;
-        Ok(weight)
-    }
-
-    fn finish(&self) -> ModelSize {
-        let most = self.formats.iter().max_by_key(|(_, num_parameters)| *num_parameters);
-        ModelSize { format: most.map_or("", |(name, _)| name), ..self.size }
-    }
-
-    /// Vectors one after the other in one buffer.
-    fn vectors(&mut self, parts: &[(String, usize)]) -> Result<B::Buffer, EngineError> {
-        let len: usize = parts.iter().map(|(_, len)| len).sum();
-        let mut buffer = self.backend.alloc(DType::F32, len)?;
-        let mut offset = 0;
-        for (name, len) in parts {
-            self.backend.write_f32(&mut buffer, offset, &self.weights.vector(name, *len)?.to_f32())?;
-            offset += len;
-        }
-        self.size.num_parameters += len as u64;
-        self.size.weight_bytes += (len * DType::F32.size()) as u64;
-        Ok(buffer)
     }
 }

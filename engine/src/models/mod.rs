@@ -1,8 +1,10 @@
-//! What is served: one decoder, and the facts of each architecture that uses it.
+//! What is served: one decoder, and the facts of each architecture that uses it; one encoder.
 
 pub(crate) mod config;
 pub(crate) mod decoder;
+pub(crate) mod encoder;
 mod llama;
+pub(crate) mod loader;
 mod mistral;
 mod qwen2;
 mod qwen3;

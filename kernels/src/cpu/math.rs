@@ -49,6 +49,18 @@ pub(crate) fn sum_of_squares<S: Lanes>(simd: S, x: &[f32]) -> f32 {
     simd.sum(simd.add(simd.add(acc[0], acc[1]), simd.add(acc[2], acc[3])))
 }
 
+/// Sum of numbers, in the order of [`sum_of_squares`].
+#[inline(always)]
+pub(crate) fn sum<S: Lanes>(simd: S, x: &[f32]) -> f32 {
+    let mut acc = [simd.splat(0.0); 4];
+    for part in x.chunks(4 * LANES) {
+        for (acc, part) in acc.iter_mut().zip(part.chunks(LANES)) {
+            *acc = simd.add(*acc, simd.load_slice(part, 0.0));
+        }
+    }
+    simd.sum(simd.add(simd.add(acc[0], acc[1]), simd.add(acc[2], acc[3])))
+}
+
 /// Numbers whose exponentials are summed in f32, by lane and then over the lanes; blocks are added in f64.
 pub(crate) const SUM_BLOCK_LEN: usize = 8 * LANES;
 

@@ -18,8 +18,12 @@ use std::ops::Range;
 use self::buffer::Arena;
 use crate::backend::{Backend, check_room};
 use crate::ops::{
+    activation::{self, Activation},
+    add_rows::{self, AddRows},
     embed::{self, Embed},
+    encoder_attention::{self, EncoderAttention},
     gather_rows::{self, GatherRows},
+    layer_norm::{self, LayerNorm},
     linear::{self, Linear},
     logprobs::{self, Logprobs},
     paged_attention::{self, PagedAttention},
@@ -46,6 +50,7 @@ pub struct CpuBackend {
     pub(crate) weights: Arena,
     pub(crate) linear_workspace: linear::cpu::Workspace,
     pub(crate) attention_workspace: paged_attention::cpu::Workspace,
+    pub(crate) encoder_scratches: Vec<Box<encoder_attention::cpu::Scratch>>,
 }
 
 /// Results that were copied when they were asked for: nothing runs later here.
@@ -65,7 +70,8 @@ impl CpuBackend {
         let pool = ThreadPool::new(config.num_threads)?;
         let linear_workspace = linear::cpu::Workspace::new(pool.num_threads())?;
         let attention_workspace = paged_attention::cpu::Workspace::new(pool.num_threads())?;
-        Ok(Self { isa, pool, weights: Arena::default(), linear_workspace, attention_workspace })
+        let encoder_scratches = encoder_attention::cpu::Scratch::for_threads(pool.num_threads());
+        Ok(Self { isa, pool, weights: Arena::default(), linear_workspace, attention_workspace, encoder_scratches })
     }
 
     /// The instruction set that kernels and packed weights are for.
@@ -252,6 +258,22 @@ impl Backend for CpuBackend {
 
     fn logprobs(&mut self, args: Logprobs<'_, Self>) -> Result<(), KernelError> {
         logprobs::cpu::logprobs(self, args)
+    }
+
+    fn layer_norm(&mut self, args: LayerNorm<'_, Self>) -> Result<(), KernelError> {
+        layer_norm::cpu::layer_norm(self, args)
+    }
+
+    fn activation(&mut self, args: Activation<'_, Self>) -> Result<(), KernelError> {
+        activation::cpu::activation(self, args)
+    }
+
+    fn add_rows(&mut self, args: AddRows<'_, Self>) -> Result<(), KernelError> {
+        add_rows::cpu::add_rows(self, args)
+    }
+
+    fn encoder_attention(&mut self, args: EncoderAttention<'_, Self>) -> Result<(), KernelError> {
+        encoder_attention::cpu::encoder_attention(self, args)
     }
 }
 

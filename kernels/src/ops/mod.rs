@@ -1,7 +1,11 @@
 //! The operations. Each folder holds one: its contract (`mod.rs`), its meaning (`reference.rs`), its code per device.
 
+pub mod activation;
+pub mod add_rows;
 pub mod embed;
+pub mod encoder_attention;
 pub mod gather_rows;
+pub mod layer_norm;
 pub mod linear;
 pub mod logprobs;
 pub mod paged_attention;
@@ -14,7 +18,8 @@ pub(crate) mod write_staged;
 
 use crate::KernelError;
 
-/// Names of the operations' folders, which are those of their modules of device code.
+/// Names of the operations that have device code: their folders', which are those of their modules. What only encoders need has
+/// none yet.
 pub(crate) const NAMES: [&str; 10] = [
     "embed",
     "gather_rows",

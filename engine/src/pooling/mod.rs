@@ -1,0 +1,188 @@
+//! Models that answer with a vector or a score of a text: encoders, and decoders that were trained as embedders.
+//!
+//! One thread, as in generation, but without a scheduler: a text is computed once and gone. Waiting requests take turns, a
+//! text each, until a batch is full; encoders compute whole texts, decoders long ones in chunks. What comes out of a text
+//! depends on the text alone, because every operation keeps that promise (see [`quire_kernels::Backend`]).
+//!
+//! Queue: bounded in tokens; what finds no room is told when to come back. A caller that leaves is noticed before the next
+//! batch.
+
+mod batch_loop;
+mod decoder;
+mod encoder;
+mod handle;
+mod spec;
+
+pub use handle::{PoolingError, PoolingHandle, PoolingInput};
+pub use spec::{Pooling, PoolingInfo, PoolingTask};
+
+use quire_kernels::Backend;
+
+use crate::config::{EngineConfig, LoadFormat, SchedulerSettings};
+use crate::error::EngineError;
+use crate::executor::{self, Device};
+use crate::handle::ModelInfo;
+use crate::memory;
+use crate::model_files::DUMMY_SEED;
+use crate::models::encoder::{BatchLimits, EncoderConfig, encoder_architecture};
+use crate::observer::StepObserver;
+use crate::source::ModelSource;
+use crate::weights::{self, Weights};
+use spec::Spec;
+
+/// What a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelKind {
+    /// Generates tokens: [`crate::start`].
+    Generates,
+    /// Answers with a vector or a score: [`start`].
+    Pools,
+}
+
+/// What a model's files say it is for: encoders, and whatever has a `modules.json` of sentence-transformers, pool.
+pub fn kind_of(source: &ModelSource) -> Result<ModelKind, EngineError> {
+    if matches!(source, ModelSource::Gguf(_)) {
+        return Ok(ModelKind::Generates);
+    }
+    let is_encoder = match weights::read_config(source, "config.json")? {
+        Some(json) => encoder_architecture(&json)?.is_some(),
+        None => false,
+    };
+    let pools = is_encoder || Spec::is_described(source)?;
+    Ok(if pools { ModelKind::Pools } else { ModelKind::Generates })
+}
+
+/// Computes vectors or scores of texts.
+pub(crate) trait Pooler: Send + 'static {
+    /// Of each text, in order: a vector, or a score alone. The texts fit the limits that the batch loop was given.
+    fn compute(&mut self, batch: &[&PoolingInput]) -> Result<Vec<Vec<f32>>, EngineError>;
+}
+
+/// A model that is ready to pool.
+pub(crate) struct Loaded<P> {
+    pub pooler: P,
+    pub info: ModelInfo,
+    pub pooling: PoolingInfo,
+    pub limits: BatchLimits,
+}
+
+/// Loads a model and starts its thread. Returns when it is ready to serve: all memory is taken. `reserved_bytes` of the free
+/// memory are for others.
+///
+/// Fails with what is wrong with the files, the settings or the device; nothing is left behind then.
+pub fn start(
+    source: &ModelSource,
+    engine: &EngineConfig,
+    settings: &SchedulerSettings,
+    observer: Box<dyn StepObserver>,
+    reserved_bytes: u64,
+) -> Result<PoolingHandle, EngineError> {
+    let (device, note) = executor::open_device(engine)?;
+    match device {
+        Device::Cpu(backend) => start_on(*backend, source, engine, settings, observer, note, reserved_bytes),
+        Device::Cuda(backend) => {
+            if encoder_config(source)?.is_some() {
+                return Err(EngineError::Config {
+                    field: "engine.device".to_owned(),
+                    why: "encoders have no device code yet: they are served with --device cpu".to_owned(),
+                });
+            }
+            start_on(*backend, source, engine, settings, observer, note, reserved_bytes)
+        }
+    }
+}
+
+pub(crate) fn start_on<B: Backend>(
+    backend: B,
+    source: &ModelSource,
+    engine: &EngineConfig,
+    settings: &SchedulerSettings,
+    observer: Box<dyn StepObserver>,
+    device_note: Option<String>,
+    reserved_bytes: u64,
+) -> Result<PoolingHandle, EngineError> {
+    let free = memory::free_memory().saturating_sub(reserved_bytes);
+    let plan = Plan { source, engine, settings, device_note, free_bytes: free };
+    match encoder_config(source)? {
+        Some(config) => batch_loop::spawn(encoder::EncoderPooler::load(backend, config, &plan)?, settings, observer),
+        None => batch_loop::spawn(decoder::DecoderPooler::load(backend, &plan)?, settings, observer),
+    }
+}
+
+/// What a model is loaded by.
+pub(crate) struct Plan<'a> {
+    pub source: &'a ModelSource,
+    pub engine: &'a EngineConfig,
+    pub settings: &'a SchedulerSettings,
+    pub device_note: Option<String>,
+    /// What the host has left for it.
+    pub free_bytes: u64,
+}
+
+impl Plan<'_> {
+    /// The length that is served: the model's, cut to what its makers or the operator say. The operator's is for all models of a
+    /// server, of which this one may be the shortest.
+    pub(crate) fn max_len(&self, own: usize, spec: &Spec) -> usize {
+        let limits = [spec.max_len.unwrap_or(u32::MAX), self.settings.max_model_len];
+        limits.into_iter().filter(|limit| *limit > 0).fold(own, |len, limit| len.min(limit as usize))
+    }
+
+    /// Batches of so many tokens, or a whole text where that is longer.
+    pub(crate) fn batch_limits(&self, longest: usize) -> BatchLimits {
+        BatchLimits {
+            num_tokens: (self.settings.max_num_batched_tokens as usize).max(longest),
+            num_seqs: self.settings.max_num_seqs.max(1) as usize,
+        }
+    }
+
+    /// The tensors of an encoder.
+    fn weights(&self, config: &EncoderConfig, json: &[u8]) -> Result<Weights, EngineError> {
+        match self.engine.load_format {
+            LoadFormat::Auto => Weights::open(self.source, json),
+            LoadFormat::Dummy => {
+                let dtype = crate::model_executor::dtype(self.engine.dtype, config.dtype);
+                Ok(Weights::dummy(DUMMY_SEED, dtype, json))
+            }
+        }
+    }
+
+    /// Refuses what is more than the host has left, in numbers.
+    pub(crate) fn check_fits(&self, what: &str, bytes: u64) -> Result<(), EngineError> {
+        if bytes <= self.free_bytes {
+            return Ok(());
+        }
+        let why = format!("{what} take {bytes} bytes, {} bytes are free", self.free_bytes);
+        Err(EngineError::Config { field: "scheduler.max_num_batched_tokens".to_owned(), why })
+    }
+}
+
+/// The configuration of an encoder; `None` of what is none.
+pub(crate) fn encoder_config(source: &ModelSource) -> Result<Option<EncoderConfig>, EngineError> {
+    let Some(json) = weights::read_config(source, "config.json")? else { return Ok(None) };
+    match encoder_architecture(&json)? {
+        None => Ok(None),
+        Some(_) => EncoderConfig::parse(&json).map(Some),
+    }
+}
+
+/// Makes a vector as long as 1; one of zeros stays.
+pub(crate) fn normalize(vector: &mut [f32]) {
+    let squares: f64 = vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+    // sentence-transformers' own least length.
+    let length = squares.sqrt().max(1e-12);
+    vector.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+}
+
+/// Bytes of a model that pools: of its weights, and of all else.
+pub(crate) fn expected_bytes<B: Backend>(
+    backend: &B,
+    source: &ModelSource,
+    engine: &EngineConfig,
+    settings: &SchedulerSettings,
+) -> Result<(u64, u64), EngineError> {
+    let plan = Plan { source, engine, settings, device_note: None, free_bytes: u64::MAX };
+    match encoder_config(source)? {
+        Some(config) => encoder::expected_bytes(backend, &config, &plan),
+        None => decoder::expected_bytes(backend, &plan),
+    }
+}
