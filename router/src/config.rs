@@ -20,6 +20,9 @@ pub use cli::{Command, parse};
 pub use environment::{Environment, Secret};
 pub use layers::{ConfigError, Flag, Loaded, Origin, load};
 
+/// Most models of a server beside `model.path`.
+const MAX_NAMED_MODELS: usize = 64;
+
 /// All settings. A section is a table of the file, a key a leaf of it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -111,6 +114,10 @@ impl Default for ServerConfig {
 pub struct ModelConfig {
     /// A Hugging Face directory, or a hub name `owner/name` or `owner/name@revision`; without it the demo model.
     pub path: Option<String>,
+    /// Further models of this server, `NAME=PATH` each (`--model`, once for each); without `path` they are all there is. Requests
+    /// choose by name; one that names none gets the first model that can do what it asks for. In the environment they are
+    /// parted by commas. All run with the same settings of `engine` and `scheduler`.
+    pub named: Vec<String>,
     /// How the model writes tool calls: `auto` sees it in its chat template. One of `hermes`, `llama3_json`, `pythonic`,
     /// `mistral`, `deepseek_v3`, `qwen3_coder`, `harmony` where the template does not show it.
     pub tool_parser: ToolParserChoice,
@@ -202,6 +209,15 @@ impl Config {
         if server.model_name.as_ref().is_some_and(|name| name.is_empty() || name.len() > 256) {
             return invalid("server.model_name", "must have 1 to 256 bytes");
         }
+        let is_named = |named: &String| {
+            named.split_once('=').is_some_and(|(name, path)| (1..=256).contains(&name.len()) && !path.is_empty())
+        };
+        if !self.model.named.iter().all(is_named) {
+            return invalid("model.named", "must hold NAME=PATH, with a name of 1 to 256 bytes");
+        }
+        if self.model.named.len() > MAX_NAMED_MODELS {
+            return invalid("model.named", &format!("must hold at most {MAX_NAMED_MODELS} models"));
+        }
         if crate::telemetry::parse_level(&self.log.level).is_err() {
             return invalid(
                 "log.level",
@@ -260,5 +276,10 @@ mod tests {
         assert!(refused(|c| c.log.level = "loud!".to_owned()).contains("log.level"));
         assert!(refused(|c| c.limits.max_choices = 0).contains("limits.max_choices"));
         assert!(refused(|c| c.server.model_name = Some(String::new())).contains("model_name"));
+        for wrong in ["./x", "=./x", "a="] {
+            let mut config = Config::default();
+            config.model.named = vec!["fine=./x".to_owned(), wrong.to_owned()];
+            assert!(config.validate().unwrap_err().to_string().contains("model.named"), "{wrong}");
+        }
     }
 }

@@ -24,7 +24,7 @@ enum Spelling {
     ByteLevel,
     /// Words as they are, `▁` for a space, and `<0xNN>` for bytes without a word where `byte_fallback` says so.
     Plain { byte_fallback: bool },
-    /// No decoder: words with spaces between them.
+    /// No decoder, or that of WordPiece: words with spaces between them.
     Words,
 }
 
@@ -33,27 +33,38 @@ struct DecoderPlan {
     spelling: Spelling,
     /// Replacements inside each token.
     replace: Vec<(String, String)>,
+    /// What a piece begins with that goes on with a word.
+    continuation: Option<String>,
     strips_first_space: bool,
 }
 
 impl DecoderPlan {
+    fn of(spelling: Spelling) -> Self {
+        let strips_first_space = spelling == Spelling::Words;
+        Self { spelling, replace: Vec::new(), continuation: None, strips_first_space }
+    }
+
     fn read(tokenizer: &Tokenizer) -> Result<Self, LoadError> {
         let error = |why: String| LoadError { file: "tokenizer.json", why };
         let Some(decoder) = tokenizer.get_decoder() else {
-            return Ok(Self { spelling: Spelling::Words, replace: Vec::new(), strips_first_space: true });
+            return Ok(Self::of(Spelling::Words));
         };
         let decoder = serde_json::to_value(decoder).map_err(|cause| error(cause.to_string()))?;
         let steps = match decoder["type"].as_str() {
             Some("Sequence") => decoder["decoders"].as_array().cloned().unwrap_or_default(),
             _ => vec![decoder],
         };
-        let mut plan =
-            Self { spelling: Spelling::Plain { byte_fallback: false }, replace: Vec::new(), strips_first_space: false };
+        let mut plan = Self::of(Spelling::Plain { byte_fallback: false });
         for step in &steps {
             match step["type"].as_str().unwrap_or_default() {
                 "ByteLevel" => plan.spelling = Spelling::ByteLevel,
                 "ByteFallback" => plan.spelling = Spelling::Plain { byte_fallback: true },
                 "Fuse" => {}
+                // What it cleans up (spaces before full stops) depends on more than a token, and stays.
+                "WordPiece" if steps.len() == 1 => {
+                    plan = Self::of(Spelling::Words);
+                    plan.continuation = step["prefix"].as_str().filter(|prefix| !prefix.is_empty()).map(str::to_owned);
+                }
                 "Metaspace" => {
                     let replacement = step["replacement"].as_str().unwrap_or("▁");
                     plan.replace.push((replacement.to_owned(), " ".to_owned()));
@@ -93,7 +104,12 @@ impl DecoderPlan {
                 }
                 text.into_bytes()
             }
-            Spelling::Words => format!(" {token}").into_bytes(),
+            Spelling::Words => {
+                match self.continuation.as_ref().and_then(|prefix| token.strip_prefix(prefix.as_str())) {
+                    Some(rest) => rest.into(),
+                    None => format!(" {token}").into_bytes(),
+                }
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ mod choice;
 mod form;
 mod limits;
 mod plain;
+mod pooling;
 mod running;
 mod service;
 mod text;
@@ -27,6 +28,9 @@ use crate::metrics::Endpoint;
 
 pub use chat::{ChatInput, ChatMessage, Tool, ToolCall, ToolChoice};
 pub use limits::Limits;
+pub use pooling::{
+    EmbedRequest, Embedded, PoolingRequest, PoolingText, PoolingTruncation, ScoreRequest, Scored, TextPair,
+};
 pub use running::Generation;
 pub use service::{GenerationService, ServiceParts};
 pub(crate) use text::{MAX_CALL_ID_BYTES, TOOL_NAME, is_tool_name};

@@ -22,6 +22,7 @@ pub mod listener;
 pub mod metrics;
 mod random;
 pub mod served_model;
+pub mod served_models;
 pub mod shutdown;
 mod stall;
 pub mod telemetry;

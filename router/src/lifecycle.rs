@@ -9,6 +9,7 @@ use quire_engine::EngineHealth;
 use crate::error::ApiError;
 use crate::generation::GenerationService;
 use crate::metrics::ModelMetrics;
+use crate::served_models::ByPace;
 
 /// A step may take this many times the longest one of late before the server is not ready.
 const STALL_FACTOR: u32 = 3;
@@ -29,7 +30,7 @@ impl StepPace {
     }
 
     /// How long a step may take before the server is not ready, but at most `limit`; `limit` before the first step.
-    fn stall_after(&self, limit: Duration) -> Duration {
+    pub(crate) fn stall_after(&self, limit: Duration) -> Duration {
         match self.0.load(Ordering::Relaxed) {
             0 => limit,
             longest => (Duration::from_micros(longest) * STALL_FACTOR).max(MIN_STALL).min(limit),
@@ -37,7 +38,7 @@ impl StepPace {
     }
 }
 
-/// What a loaded model is served with.
+/// What loaded models are served with.
 pub struct Serving {
     pub service: GenerationService,
     pub metrics: ModelMetrics,
@@ -78,7 +79,6 @@ impl From<NotReady> for ApiError {
 /// The state of the process, shared by everything that answers.
 pub struct Lifecycle {
     serving: OnceLock<Serving>,
-    pub pace: std::sync::Arc<StepPace>,
     draining: AtomicBool,
     stall: Duration,
 }
@@ -86,10 +86,10 @@ pub struct Lifecycle {
 impl Lifecycle {
     /// A process that is starting. `stall`: how long a step may take before the process counts as hung.
     pub fn new(stall: Duration) -> Self {
-        Self { serving: OnceLock::new(), pace: Default::default(), draining: AtomicBool::new(false), stall }
+        Self { serving: OnceLock::new(), draining: AtomicBool::new(false), stall }
     }
 
-    /// The model is loaded.
+    /// All models are loaded.
     pub fn begin_serving(&self, serving: Serving) {
         if self.draining.load(Ordering::SeqCst) {
             serving.service.begin_drain();
@@ -126,21 +126,26 @@ impl Lifecycle {
             return Err(NotReady::Draining);
         }
         self.started()?;
-        self.engine_health(self.pace.stall_after(self.stall))
+        self.engine_health(ByPace::Yes)
     }
 
     /// Whether the process does its work: a step ends in the time that it may take, or there is no work.
     pub fn live(&self) -> Result<(), NotReady> {
-        self.engine_health(self.stall)
+        self.engine_health(ByPace::No)
     }
 
-    fn engine_health(&self, stall_after: Duration) -> Result<(), NotReady> {
+    /// Of all models: an engine that stopped is worse than one that stalls.
+    fn engine_health(&self, by_pace: ByPace) -> Result<(), NotReady> {
         let Some(serving) = self.serving.get() else { return Ok(()) };
-        match serving.service.worker().health(stall_after) {
-            EngineHealth::Alive => Ok(()),
-            EngineHealth::Stalled { .. } => Err(NotReady::Stalled),
-            EngineHealth::Stopped => Err(NotReady::Stopped),
+        let mut health = Ok(());
+        for served in serving.service.models().iter() {
+            match served.health(self.stall, by_pace) {
+                EngineHealth::Alive => {}
+                EngineHealth::Stalled { .. } => health = Err(NotReady::Stalled),
+                EngineHealth::Stopped => return Err(NotReady::Stopped),
+            }
         }
+        health
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics::{Counter, Gauge, Histogram, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use quire_engine::scheduler::SchedulerStats;
+use quire_engine::scheduler::{BlockStats, SchedulerStats};
 use quire_engine::{ModelInfo, StepObserver, StepReport};
 
 pub use labels::{Endpoint, Listener, Outcome};
@@ -321,45 +321,50 @@ impl StepObserver for StepMetrics {
     }
 }
 
-/// The state of the served model's scheduler, as gauges that are set when they are read: a scrape sees the last step,
-/// and steps pay nothing for it.
+/// The state of the served models' schedulers, as gauges that are set when they are read: a scrape sees the last step, and
+/// steps pay nothing for it. Our own names have sums over all models, those that gateways read a series for each.
 pub struct ModelMetrics {
-    waiting: [Gauge; 2],
-    running: [Gauge; 2],
-    kv_usage: [Gauge; 2],
+    waiting: Gauge,
+    running: Gauge,
+    kv_usage: Gauge,
     used: Gauge,
     cached: Gauge,
     free: Gauge,
     preemptions: Counter,
     queried: Counter,
     hit: Counter,
+    models: Vec<Aliases>,
+}
+
+/// A model's state under the names that gateways read.
+struct Aliases {
+    waiting: Gauge,
+    running: Gauge,
+    kv_usage: Gauge,
 }
 
 impl ModelMetrics {
-    /// Registers everything that needs a model to be named.
-    pub fn new(model_name: &str, model: &ModelInfo) -> Self {
-        // One engine to a model so far; the label is there because readers of these names select by it.
-        let alias = |name: &'static str| metrics::gauge!(name, "model_name" => model_name.to_owned(), "engine" => "0");
+    /// Registers everything that needs models to be named.
+    pub fn new(models: &[(&str, &ModelInfo)]) -> Self {
+        let aliases = |engine: usize, model_name: &str| {
+            let gauge = |name: &'static str| metrics::gauge!(name, "model_name" => model_name.to_owned(), "engine" => engine.to_string());
+            Aliases { waiting: gauge(VLLM_WAITING), running: gauge(VLLM_RUNNING), kv_usage: gauge(VLLM_KV_USAGE) }
+        };
         let metrics = Self {
-            waiting: [metrics::gauge!(REQUESTS_WAITING), alias(VLLM_WAITING)],
-            running: [metrics::gauge!(REQUESTS_RUNNING), alias(VLLM_RUNNING)],
-            kv_usage: [metrics::gauge!(KV_USAGE), alias(VLLM_KV_USAGE)],
+            waiting: metrics::gauge!(REQUESTS_WAITING),
+            running: metrics::gauge!(REQUESTS_RUNNING),
+            kv_usage: metrics::gauge!(KV_USAGE),
             used: metrics::gauge!(KV_BLOCKS, "state" => "used"),
             cached: metrics::gauge!(KV_BLOCKS, "state" => "cached"),
             free: metrics::gauge!(KV_BLOCKS, "state" => "free"),
             preemptions: metrics::counter!(PREEMPTIONS),
             queried: metrics::counter!(CACHE_QUERIED),
             hit: metrics::counter!(CACHE_HIT),
+            models: models.iter().enumerate().map(|(engine, (name, _))| aliases(engine, name)).collect(),
         };
-        metrics::gauge!(
-            VLLM_CACHE_CONFIG,
-            "engine" => "0",
-            "block_size" => model.block_size.to_string(),
-            "num_gpu_blocks" => model.num_blocks.to_string(),
-            "cache_dtype" => model.kv_dtype,
-            "enable_prefix_caching" => if model.prefix_cache { "True" } else { "False" },
-        )
-        .set(1.0);
+        for (engine, (model_name, model)) in models.iter().enumerate() {
+            describe_model(engine, model_name, model);
+        }
         metrics::gauge!(
             VLLM_LORA,
             "max_lora" => "0",
@@ -367,35 +372,63 @@ impl ModelMetrics {
             "waiting_lora_adapters" => "",
         )
         .set(seconds_since_1970());
-        metrics::gauge!(
-            MODEL_INFO,
-            "model_name" => model_name.to_owned(),
-            "architecture" => model.architecture.clone(),
-            "dtype" => model.weight_format,
-            "max_model_len" => model.max_model_len.to_string(),
-        )
-        .set(1.0);
-        metrics.update(&SchedulerStats::default());
+        metrics.update(&vec![SchedulerStats::default(); models.len()]);
         metrics
     }
 
-    /// Takes over the scheduler's state.
-    pub fn update(&self, stats: &SchedulerStats) {
-        let sum = |part: fn(&quire_engine::scheduler::BlockStats) -> u32| {
-            stats.kv_groups().iter().map(|group| u64::from(part(group))).sum::<u64>() as f64
-        };
-        let (used, total) = (sum(|group| group.num_used), sum(|group| group.num_total));
-        let usage = if total > 0.0 { used / total } else { 0.0 };
-        self.waiting.iter().for_each(|gauge| gauge.set(f64::from(stats.num_waiting)));
-        self.running.iter().for_each(|gauge| gauge.set(f64::from(stats.num_running)));
-        self.kv_usage.iter().for_each(|gauge| gauge.set(usage));
-        self.used.set(used);
-        self.cached.set(sum(|group| group.num_cached));
-        self.free.set(sum(|group| group.num_free));
-        self.preemptions.absolute(stats.num_preemptions);
-        self.queried.absolute(stats.prefix_query_tokens);
-        self.hit.absolute(stats.prefix_hit_tokens);
+    /// Takes over the schedulers' states, in the order of the models.
+    pub fn update(&self, stats: &[SchedulerStats]) {
+        for (aliases, stats) in self.models.iter().zip(stats) {
+            aliases.waiting.set(f64::from(stats.num_waiting));
+            aliases.running.set(f64::from(stats.num_running));
+            aliases.kv_usage.set(usage(std::slice::from_ref(stats)));
+        }
+        let sum = |part: fn(&SchedulerStats) -> u64| stats.iter().map(part).sum::<u64>();
+        self.waiting.set(sum(|stats| u64::from(stats.num_waiting)) as f64);
+        self.running.set(sum(|stats| u64::from(stats.num_running)) as f64);
+        self.kv_usage.set(usage(stats));
+        self.used.set(blocks(stats, |group| group.num_used));
+        self.cached.set(blocks(stats, |group| group.num_cached));
+        self.free.set(blocks(stats, |group| group.num_free));
+        self.preemptions.absolute(sum(|stats| stats.num_preemptions));
+        self.queried.absolute(sum(|stats| stats.prefix_query_tokens));
+        self.hit.absolute(sum(|stats| stats.prefix_hit_tokens));
     }
+}
+
+/// Series that are always 1 and say what is served.
+fn describe_model(engine: usize, model_name: &str, model: &ModelInfo) {
+    // Models that pool keep no blocks.
+    if model.num_blocks > 0 {
+        metrics::gauge!(
+            VLLM_CACHE_CONFIG,
+            "engine" => engine.to_string(),
+            "block_size" => model.block_size.to_string(),
+            "num_gpu_blocks" => model.num_blocks.to_string(),
+            "cache_dtype" => model.kv_dtype,
+            "enable_prefix_caching" => if model.prefix_cache { "True" } else { "False" },
+        )
+        .set(1.0);
+    }
+    metrics::gauge!(
+        MODEL_INFO,
+        "model_name" => model_name.to_owned(),
+        "architecture" => model.architecture.clone(),
+        "dtype" => model.weight_format,
+        "max_model_len" => model.max_model_len.to_string(),
+    )
+    .set(1.0);
+}
+
+/// Blocks of all groups of all models.
+fn blocks(stats: &[SchedulerStats], part: fn(&BlockStats) -> u32) -> f64 {
+    stats.iter().flat_map(SchedulerStats::kv_groups).map(|group| u64::from(part(group))).sum::<u64>() as f64
+}
+
+/// The share of blocks that are used.
+fn usage(stats: &[SchedulerStats]) -> f64 {
+    let (used, total) = (blocks(stats, |group| group.num_used), blocks(stats, |group| group.num_total));
+    if total > 0.0 { used / total } else { 0.0 }
 }
 
 fn seconds_since_1970() -> f64 {

@@ -48,7 +48,31 @@ pub struct TextTokenizer {
     prefix: Vec<u32>,
     suffix: Vec<u32>,
     unknown: Option<u32>,
+    pair: Option<PairTemplate>,
     table: Arc<TokenTable>,
+}
+
+/// What the post-processor puts around and between two texts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PairTemplate {
+    prefix: Vec<u32>,
+    middle: Vec<u32>,
+    suffix: Vec<u32>,
+    /// Tokens of `middle` that belong to the first text.
+    num_of_first: usize,
+}
+
+impl PairTemplate {
+    /// Tokens beside those of the texts.
+    pub fn num_tokens(&self) -> usize {
+        self.prefix.len() + self.middle.len() + self.suffix.len()
+    }
+
+    /// Both texts in one, and where the second begins.
+    pub fn join(&self, first: &[u32], second: &[u32]) -> (Vec<u32>, u32) {
+        let ids = [&self.prefix[..], first, &self.middle, second, &self.suffix].concat();
+        (ids, (self.prefix.len() + first.len() + self.num_of_first) as u32)
+    }
 }
 
 /// The parts of `tokenizer.json` that the crate gives no access to.
@@ -90,11 +114,13 @@ impl TextTokenizer {
             following
         });
         let unknown = file.model.unk_id.or_else(|| file.model.unk_token.and_then(|token| start.token_to_id(&token)));
-        let mut tokenizer = Self { start, following, specials, prefix: Vec::new(), suffix: Vec::new(), unknown, table };
+        let mut tokenizer =
+            Self { start, following, specials, prefix: Vec::new(), suffix: Vec::new(), unknown, pair: None, table };
         let (prefix, suffix) =
             tokenizer.affixes().ok_or_else(|| error("its post-processor is not supported".into()))?;
         tokenizer.prefix = prefix;
         tokenizer.suffix = suffix;
+        tokenizer.pair = tokenizer.pair_affixes();
         Ok(tokenizer)
     }
 
@@ -164,6 +190,16 @@ impl TextTokenizer {
         &self.prefix
     }
 
+    /// What it puts behind one (EOS).
+    pub fn suffix(&self) -> &[u32] {
+        &self.suffix
+    }
+
+    /// What it puts around two texts; `None` where it takes no pairs.
+    pub fn pair_template(&self) -> Option<&PairTemplate> {
+        self.pair.as_ref()
+    }
+
     /// Appends the tokens of plain text that follows a special token.
     pub fn encode_behind_special(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), EncodeError> {
         self.encode_segment(self.following.as_ref().unwrap_or(&self.start), text, ids)
@@ -222,6 +258,28 @@ impl TextTokenizer {
         if add_special_tokens {
             ids.extend_from_slice(&self.suffix);
         }
+    }
+
+    /// What the post-processor does with a pair, found by asking it once. A pair whose second text has no kind of its own begins it
+    /// behind all that is put between.
+    fn pair_affixes(&self) -> Option<PairTemplate> {
+        let alone = |text| Some(self.start.encode_fast(text, false).ok()?.get_ids().to_vec());
+        let (first, second) = (alone("a")?, alone("b")?);
+        let pair = self.start.encode_fast(("a", "b"), true).ok()?;
+        let (ids, kinds) = (pair.get_ids(), pair.get_type_ids());
+        if first.is_empty() || second.is_empty() {
+            return None;
+        }
+        let first_at = ids.windows(first.len()).position(|window| window == first)?;
+        let first_end = first_at + first.len();
+        let second_at = first_end + ids[first_end..].windows(second.len()).position(|window| window == second)?;
+        let second_from = kinds.iter().position(|kind| *kind == 1).unwrap_or(second_at);
+        Some(PairTemplate {
+            prefix: ids[..first_at].to_vec(),
+            middle: ids[first_end..second_at].to_vec(),
+            suffix: ids[second_at + second.len()..].to_vec(),
+            num_of_first: second_from.checked_sub(first_end)?,
+        })
     }
 
     /// What the post-processor adds, found by asking it once.

@@ -47,7 +47,7 @@ fn every_metric_is_described_and_there_from_the_start() {
     install().unwrap();
     install().unwrap();
     let _steps = StepMetrics::new();
-    let model_metrics = ModelMetrics::new("hostile\"name\n\\", &model());
+    let model_metrics = ModelMetrics::new(&[("hostile\"name\n\\", &model())]);
     let text = render();
     for (name, kind, help) in catalogue() {
         assert!(text.contains(&format!("# HELP {name} {help}\n")), "{name} has no help");
@@ -78,7 +78,7 @@ fn every_metric_is_described_and_there_from_the_start() {
     let mut stats = SchedulerStats { num_waiting: 2, num_running: 3, num_kv_groups: 1, ..Default::default() };
     stats.blocks[0].num_total = 8;
     stats.blocks[0].num_used = 4;
-    model_metrics.update(&stats);
+    model_metrics.update(&[stats]);
     let text = render();
     let chat = "quire_requests_total{endpoint=\"chat\",outcome=\"finished\"}";
     let left = "quire_requests_total{endpoint=\"grpc_chat\",outcome=\"cancelled\"}";

@@ -164,9 +164,9 @@ fn speaks_grpc() {
         let chat = client.chat(chat).await.unwrap().into_inner();
         assert!(chat.choices[0].tokens.iter().all(|token| token.logprobs.as_ref().unwrap().top.len() == 2));
 
-        let model = client.model_info(wire::ModelInfoRequest {}).await.unwrap().into_inner();
+        let model = client.model_info(wire::ModelInfoRequest::default()).await.unwrap().into_inner();
         assert_eq!((model.name.as_str(), model.digest.len()), ("quire-demo", 64));
-        let stats = client.stats(wire::StatsRequest {}).await.unwrap().into_inner();
+        let stats = client.stats(wire::StatsRequest::default()).await.unwrap().into_inner();
         assert_eq!(stats.num_used_blocks + stats.num_cached_blocks + stats.num_free_blocks, stats.num_blocks);
         let none = client.abort(wire::AbortRequest { request_id: "nobody".to_owned() }).await.unwrap();
         assert!(!none.into_inner().found);
@@ -205,7 +205,7 @@ fn grpc_requests_end_early_in_every_way() {
     let idle = async |client: &mut QuireClient<Channel>| {
         let deadline = Instant::now() + LIMIT;
         loop {
-            let stats = client.stats(wire::StatsRequest {}).await.unwrap().into_inner();
+            let stats = client.stats(wire::StatsRequest::default()).await.unwrap().into_inner();
             if (stats.num_requests_in_flight, stats.num_running, stats.num_used_blocks) == (0, 0, 0) {
                 return;
             }
@@ -310,7 +310,7 @@ fn streams_that_are_not_read_end_and_hold_up_no_drain() {
         let deadline = Instant::now() + LIMIT;
         let mut client = client(&server).await;
         loop {
-            let stats = client.stats(wire::StatsRequest {}).await.unwrap().into_inner();
+            let stats = client.stats(wire::StatsRequest::default()).await.unwrap().into_inner();
             if (stats.num_requests_in_flight, stats.num_running, stats.num_used_blocks) == (0, 0, 0) {
                 break;
             }

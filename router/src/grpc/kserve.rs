@@ -18,6 +18,7 @@ use crate::generation::{
 use crate::lifecycle::Lifecycle;
 use crate::metrics::Endpoint;
 use crate::random::{is_request_id, random_seed, request_id};
+use crate::served_models::Task;
 
 use super::convert::kserve::{Form, Infer};
 use super::convert::{self, kserve as convert_kserve};
@@ -41,14 +42,12 @@ impl Handlers {
     }
 
     /// Of the model that a call names.
-    fn served(&self, name: String, version: &str) -> Result<&GenerationService, Status> {
-        let service = self.service()?;
-        if convert_kserve::is_served(service.model(), &name, version) {
-            return Ok(service);
-        }
-        let error =
-            service.check_model(Some(name)).err().unwrap_or(ApiError::NotFound { what: "version of the model" });
-        Err(convert::status(&error, ""))
+    fn served(&self, name: &str, version: &str) -> Result<GenerationService, Status> {
+        let found = self.service()?.select(Some(name), Task::Any).and_then(|service| {
+            let is_there = convert_kserve::is_version(version);
+            if is_there { Ok(service) } else { Err(ApiError::NotFound { what: "version of the model" }) }
+        });
+        found.map_err(|error| convert::status(&error, ""))
     }
 }
 
@@ -65,7 +64,7 @@ async fn start(
 ) -> Result<(Vec<(Generation, String)>, i64, Form), ApiError> {
     let model = Some(request.model_name.clone());
     let request_id = id_of(&request.id);
-    service.check_model(model.clone())?;
+    let service = &service.select(model.as_deref(), Task::Generate)?;
     let Infer { texts, params, form } = convert_kserve::infer(request, service.limits())?;
     let seed = params.seed.filter(|seed| *seed != -1).unwrap_or_else(|| random_seed() as i64);
     let started = texts.into_iter().enumerate().map(|(index, text)| {
@@ -175,8 +174,7 @@ impl GrpcInferenceService for Handlers {
         request: Request<wire::ModelReadyRequest>,
     ) -> Result<Response<wire::ModelReadyResponse>, Status> {
         let wire::ModelReadyRequest { name, version } = request.into_inner();
-        let is_served = |service: &GenerationService| convert_kserve::is_served(service.model(), &name, &version);
-        let ready = self.lifecycle.ready().is_ok() && self.lifecycle.service().is_ok_and(is_served);
+        let ready = self.lifecycle.ready().is_ok() && self.served(&name, &version).is_ok();
         Ok(Response::new(wire::ModelReadyResponse { ready }))
     }
 
@@ -192,7 +190,7 @@ impl GrpcInferenceService for Handlers {
         request: Request<wire::ModelMetadataRequest>,
     ) -> Result<Response<wire::ModelMetadataResponse>, Status> {
         let wire::ModelMetadataRequest { name, version } = request.into_inner();
-        Ok(Response::new(convert_kserve::model_metadata(self.served(name, &version)?.model())))
+        Ok(Response::new(convert_kserve::model_metadata(self.served(&name, &version)?.model())))
     }
 
     async fn model_infer(
@@ -247,7 +245,7 @@ impl GrpcInferenceService for Handlers {
         request: Request<wire::ModelConfigRequest>,
     ) -> Result<Response<wire::ModelConfigResponse>, Status> {
         let wire::ModelConfigRequest { name, version } = request.into_inner();
-        Ok(Response::new(convert_kserve::model_config(self.served(name, &version)?.model())))
+        Ok(Response::new(convert_kserve::model_config(self.served(&name, &version)?.model())))
     }
 
     async fn repository_index(
@@ -258,6 +256,6 @@ impl GrpcInferenceService for Handlers {
         if request.into_inner().ready && not_ready.is_some() {
             return Ok(Response::new(wire::RepositoryIndexResponse::default()));
         }
-        Ok(Response::new(convert_kserve::index(self.service()?.model(), not_ready)))
+        Ok(Response::new(convert_kserve::index(self.service()?.models(), not_ready)))
     }
 }

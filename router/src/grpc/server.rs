@@ -11,11 +11,12 @@ use quire_proto::quire::v1::quire_server::Quire;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use super::convert::{self, Collector};
+use super::convert::{self, Collector, pooling};
 use super::start::start;
 use crate::error::ApiError;
-use crate::generation::{Generation, GenerationRequest};
+use crate::generation::{Generation, GenerationRequest, GenerationService};
 use crate::lifecycle::Lifecycle;
+use crate::served_models::Task;
 
 type EventStream = Pin<Box<dyn Stream<Item = Result<wire::StreamEvent, Status>> + Send>>;
 
@@ -37,6 +38,34 @@ impl Handlers {
         build: impl FnOnce(String, Option<Instant>) -> Result<GenerationRequest, ApiError>,
     ) -> Result<(Generation, String), Status> {
         start(&self.lifecycle, metadata, given_id, build).await
+    }
+
+    /// The service of the model of this name, or of the first that generates.
+    fn selected(&self, model: &str) -> Result<GenerationService, Status> {
+        let service = self.lifecycle.service().map_err(|error| convert::status(&error, ""))?;
+        match model {
+            "" => Ok(service.clone()),
+            name => service.select(Some(name), Task::Any).map_err(|error| convert::status(&error, "")),
+        }
+    }
+
+    /// What a call that is answered at once begins with: its id, the service, and when to give up.
+    fn begin(
+        &self,
+        metadata: &MetadataMap,
+        given_id: String,
+    ) -> Result<(String, GenerationService, Option<Instant>), Status> {
+        let id = convert::request_id(given_id).map_err(|error| convert::status(&error, ""))?;
+        let begun =
+            self.lifecycle.service().and_then(|service| Ok((service, convert::deadline(metadata, Instant::now())?)));
+        let (service, deadline) = begun.map_err(|error| convert::status(&error, &id))?;
+        Ok((id, service.clone(), deadline))
+    }
+
+    fn answered<T>(answer: Result<T, ApiError>, id: &str) -> Result<Response<T>, Status> {
+        let mut response = Response::new(answer.map_err(|error| convert::status(&error, id))?);
+        convert::name_request(response.metadata_mut(), id);
+        Ok(response)
     }
 
     async fn unary(started: (Generation, String)) -> Result<Response<wire::GenerateResponse>, Status> {
@@ -127,14 +156,46 @@ impl Quire for Handlers {
 
     async fn model_info(
         &self,
-        _: Request<wire::ModelInfoRequest>,
+        request: Request<wire::ModelInfoRequest>,
     ) -> Result<Response<wire::ModelInfoResponse>, Status> {
-        let service = self.lifecycle.service().map_err(|error| convert::status(&error, ""))?;
-        Ok(Response::new(convert::model_info(service.model().name(), service.model().info())))
+        let service = self.selected(&request.into_inner().model)?;
+        Ok(Response::new(convert::model_info(service.model())))
     }
 
-    async fn stats(&self, _: Request<wire::StatsRequest>) -> Result<Response<wire::StatsResponse>, Status> {
+    async fn list_models(
+        &self,
+        _: Request<wire::ListModelsRequest>,
+    ) -> Result<Response<wire::ListModelsResponse>, Status> {
         let service = self.lifecycle.service().map_err(|error| convert::status(&error, ""))?;
-        Ok(Response::new(convert::stats(service.num_inflight(), &service.worker().stats())))
+        let models = service.models().iter().map(|served| convert::model_info(&served.model)).collect();
+        Ok(Response::new(wire::ListModelsResponse { models }))
+    }
+
+    async fn embed(&self, request: Request<wire::EmbedRequest>) -> Result<Response<wire::EmbedResponse>, Status> {
+        // The extensions hold the body's share of memory until the answer is there.
+        let (metadata, _share, mut message) = request.into_parts();
+        let id = std::mem::take(&mut message.request_id);
+        let (id, service, deadline) = self.begin(&metadata, id)?;
+        let answer = async {
+            Ok(pooling::embedded(service.embed(pooling::embed_request(message, id.clone(), deadline)?).await?))
+        };
+        Self::answered(answer.await, &id)
+    }
+
+    async fn rerank(&self, request: Request<wire::RerankRequest>) -> Result<Response<wire::RerankResponse>, Status> {
+        // The extensions hold the body's share of memory until the answer is there.
+        let (metadata, _share, mut message) = request.into_parts();
+        let id = std::mem::take(&mut message.request_id);
+        let (id, service, deadline) = self.begin(&metadata, id)?;
+        let top_n = message.top_n as usize;
+        let answer = async {
+            Ok(pooling::reranked(service.score(pooling::rerank_request(message, id.clone(), deadline)?).await?, top_n))
+        };
+        Self::answered(answer.await, &id)
+    }
+
+    async fn stats(&self, request: Request<wire::StatsRequest>) -> Result<Response<wire::StatsResponse>, Status> {
+        let service = self.selected(&request.into_inner().model)?;
+        Ok(Response::new(convert::stats(service.num_inflight(), &service.stats())))
     }
 }

@@ -8,6 +8,7 @@ use tonic::metadata::MetadataMap;
 use crate::error::ApiError;
 use crate::generation::{Generation, GenerationRequest};
 use crate::lifecycle::Lifecycle;
+use crate::served_models::Task;
 
 use super::convert;
 
@@ -22,7 +23,10 @@ pub(super) async fn start(
     let generation = async {
         let service = lifecycle.service()?;
         let deadline = convert::deadline(metadata, Instant::now())?;
-        let generation = service.generate(build(id.clone(), deadline)?).await?;
+        let request = build(id.clone(), deadline)?;
+        let model = request.model.clone();
+        let generation = service.generate(request).await?;
+        let service = service.select(model.as_deref(), Task::Generate)?;
         Ok((generation, service.model().name().to_owned()))
     };
     generation.await.map_err(|error: ApiError| convert::status(&error, &id))

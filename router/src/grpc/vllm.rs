@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status};
 use crate::error::ApiError;
 use crate::generation::GenerationService;
 use crate::lifecycle::Lifecycle;
+use crate::served_models::Task;
 use crate::zip;
 
 use super::convert::vllm::Writer;
@@ -37,6 +38,10 @@ pub(super) struct Handlers {
 impl Handlers {
     pub(super) fn new(lifecycle: Arc<Lifecycle>) -> Self {
         Self { lifecycle, started: Instant::now(), last_receive: AtomicU64::new(0) }
+    }
+
+    fn note_receipt(&self) {
+        self.last_receive.store(u64::try_from(since_1970().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     fn service(&self) -> Result<&GenerationService, Status> {
@@ -62,7 +67,7 @@ impl VllmEngine for Handlers {
         &self,
         request: Request<wire::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        self.last_receive.store(u64::try_from(since_1970().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.note_receipt();
         // The extensions hold the body's share of memory until its text is tokens.
         let (metadata, share, mut message) = request.into_parts();
         let id = std::mem::take(&mut message.request_id);
@@ -90,8 +95,24 @@ impl VllmEngine for Handlers {
         Ok(response)
     }
 
-    async fn embed(&self, _: Request<wire::EmbedRequest>) -> Result<Response<wire::EmbedResponse>, Status> {
-        Err(not_implemented("the served model is no embedding model"))
+    async fn embed(&self, request: Request<wire::EmbedRequest>) -> Result<Response<wire::EmbedResponse>, Status> {
+        self.note_receipt();
+        let service = self.service()?;
+        if service.select(None, Task::Embed).is_err() {
+            return Err(not_implemented("no model of this server makes embeddings"));
+        }
+        // The extensions hold the body's share of memory until the answer is there.
+        let (metadata, _share, mut message) = request.into_parts();
+        let id = convert::request_id(std::mem::take(&mut message.request_id))
+            .map_err(|error| convert::status(&error, ""))?;
+        let answer = async {
+            let deadline = convert::deadline(&metadata, Instant::now())?;
+            service.embed(convert_vllm::embed_request(message, id.clone(), deadline)?).await
+        };
+        let embedded = answer.await.map_err(|error| convert::status(&error, &id))?;
+        let mut response = Response::new(convert_vllm::embedded(embedded));
+        convert::name_request(response.metadata_mut(), &id);
+        Ok(response)
     }
 
     async fn health_check(
@@ -126,7 +147,7 @@ impl VllmEngine for Handlers {
         &self,
         _: Request<wire::GetModelInfoRequest>,
     ) -> Result<Response<wire::GetModelInfoResponse>, Status> {
-        Ok(Response::new(convert_vllm::model_info(self.service()?.model())))
+        Ok(Response::new(convert_vllm::model_info(self.service()?)))
     }
 
     async fn get_server_info(
@@ -149,7 +170,7 @@ impl VllmEngine for Handlers {
             let message = "`dp_rank` must be 0: there is one rank".to_owned();
             return Err(convert::status(&ApiError::InvalidRequest { param: Some("dp_rank".into()), message }, ""));
         }
-        let (info, stats) = (service.model().info(), service.worker().stats());
+        let (info, stats) = (service.model().info(), service.stats());
         Ok(Response::new(convert_vllm::loads(info, &stats, since_1970().as_secs())))
     }
 

@@ -12,6 +12,7 @@ use axum::routing::get;
 
 use crate::lifecycle::{Lifecycle, NotReady};
 use crate::metrics;
+use crate::served_models::Served;
 
 /// Methods and paths of [`routes`].
 pub(super) const ROUTES: [(&str, &str); 7] = [
@@ -58,7 +59,8 @@ fn answer(state: Result<(), NotReady>) -> Response {
 async fn scrape(State(lifecycle): State<Arc<Lifecycle>>) -> Response {
     metrics::set_ready(lifecycle.ready().is_ok());
     if let Some(serving) = lifecycle.serving() {
-        serving.metrics.update(&serving.service.worker().stats());
+        let stats: Vec<_> = serving.service.models().iter().map(Served::stats).collect();
+        serving.metrics.update(&stats);
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics::render()).into_response()
 }

@@ -50,6 +50,10 @@ struct InfillBody {
 }
 
 impl Body for InfillBody {
+    fn model(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         for (field, nothing) in UNSUPPORTED {
@@ -120,7 +124,7 @@ fn form(fields: &mut Fields<'_>) -> Result<Option<RequestedFormat>, ApiError> {
 /// `POST /infill`
 pub(super) async fn infill(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
     let begun = Instant::now();
-    let Parsed { id, body, share } = receive::<InfillBody>(&service, Endpoint::Infill, request).await?;
+    let Parsed { service, id, body, share } = receive::<InfillBody>(&service, Endpoint::Infill, request).await?;
     let InfillBody { model, input, params, stream, ignored } = body;
     let input = Input::Fim(input);
     let ask = Ask { endpoint: Endpoint::Infill, request_id: id.0.to_string(), model, input, params };
@@ -214,6 +218,10 @@ pub(super) struct FimBody {
 }
 
 impl Body for FimBody {
+    fn model(&self) -> Option<&str> {
+        self.common.model.as_deref()
+    }
+
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut params = types::params(&mut fields, limits)?;

@@ -5,6 +5,7 @@
 
 mod answer;
 mod ask;
+mod embeddings;
 mod failure;
 mod fields;
 mod format;
@@ -16,6 +17,7 @@ mod ollama;
 mod openai;
 mod openapi;
 mod receive;
+mod rerank;
 mod responses;
 mod routes;
 mod sse;
@@ -43,6 +45,7 @@ use failure::Failure;
 pub use routes::listed;
 
 pub(crate) use failure::in_dialect;
+pub(crate) use rerank::ranked;
 pub(crate) use types::sampling_of_json;
 
 /// Fields of the request that nobody looked at.

@@ -13,6 +13,8 @@ use crate::error::ApiError;
 use crate::generation::{GenerationParams, GenerationRequest, GenerationService, Input, TokenInfo};
 use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::random::random_seed;
+use crate::served_model::ServedModel;
+use crate::served_models::Task;
 
 use super::answer::{Generations, Head, PromptPart, Shape, json, slice, whole};
 use super::ask::{json_response, name_ignored};
@@ -27,7 +29,7 @@ use super::{RequestId, TENANT};
 
 /// `POST /v1/chat/completions`
 pub(super) async fn chat(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
-    let Parsed { id, body, share } = receive::<ChatBody>(&service, Endpoint::Chat, request).await?;
+    let Parsed { service, id, body, share } = receive::<ChatBody>(&service, Endpoint::Chat, request).await?;
     let job = Job { service, endpoint: Endpoint::Chat, shape: Shape::Chat, id, share, common: body.common };
     let prompt = JobPrompt { input: Input::Chat(body.input), echo: None };
     let wants_prompt_logprobs = job.common.params.prompt_logprobs.is_some();
@@ -39,7 +41,8 @@ pub(super) async fn completions(
     State(service): State<GenerationService>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let Parsed { id, body, share } = receive::<CompletionsBody>(&service, Endpoint::Completions, request).await?;
+    let Parsed { service, id, body, share } =
+        receive::<CompletionsBody>(&service, Endpoint::Completions, request).await?;
     let CompletionsBody { common, prompts, add_special_tokens, echo, echo_only, wants_prompt_logprobs } = body;
     let prompts = prompts
         .into_iter()
@@ -61,7 +64,7 @@ pub(super) async fn completions(
 
 /// `POST /v1/fim/completions`: Mistral's, answered in the shape of a chat.
 pub(super) async fn fim(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
-    let Parsed { id, body, share } = receive::<FimBody>(&service, Endpoint::FimCompletions, request).await?;
+    let Parsed { service, id, body, share } = receive::<FimBody>(&service, Endpoint::FimCompletions, request).await?;
     let endpoint = Endpoint::FimCompletions;
     let job = Job { service, endpoint, shape: Shape::Chat, id, share, common: body.common };
     let prompt = JobPrompt { input: Input::Fim(body.input), echo: None };
@@ -220,8 +223,8 @@ pub(super) async fn tokenize(State(service): State<GenerationService>, request: 
         tokens: Arc<[u32]>,
         token_strs: Option<Vec<String>>,
     }
-    let Parsed { body, share: _share, .. } = receive::<TokenizeBody>(&service, Endpoint::Tokenize, request).await?;
-    service.check_model(body.model)?;
+    let Parsed { service, body, share: _share, .. } =
+        receive::<TokenizeBody>(&service, Endpoint::Tokenize, request).await?;
     let tokens = service.tokenize(body.input).await?;
     let table = service.model().table();
     let token_strs = body
@@ -241,8 +244,8 @@ pub(super) async fn detokenize(
     struct Answer {
         prompt: String,
     }
-    let Parsed { body, share: _share, .. } = receive::<DetokenizeBody>(&service, Endpoint::Detokenize, request).await?;
-    service.check_model(body.model)?;
+    let Parsed { service, body, share: _share, .. } =
+        receive::<DetokenizeBody>(&service, Endpoint::Detokenize, request).await?;
     let prompt = service.detokenize(body.tokens).await?;
     Ok(json_response(json(&Answer { prompt }), &body.ignored))
 }
@@ -259,8 +262,7 @@ struct ModelJson<'m> {
 }
 
 impl<'m> ModelJson<'m> {
-    fn of(service: &'m GenerationService) -> Self {
-        let model = service.model();
+    fn of(model: &'m ServedModel) -> Self {
         Self {
             id: model.name(),
             object: "model",
@@ -278,9 +280,10 @@ pub(super) async fn models(State(service): State<GenerationService>) -> Response
     #[derive(Serialize)]
     struct Answer<'m> {
         object: &'static str,
-        data: [ModelJson<'m>; 1],
+        data: Vec<ModelJson<'m>>,
     }
-    json_response(json(&Answer { object: "list", data: [ModelJson::of(&service)] }), &Ignored::default())
+    let data = service.models().iter().map(|served| ModelJson::of(&served.model)).collect();
+    json_response(json(&Answer { object: "list", data }), &Ignored::default())
 }
 
 /// `GET /v1/models/{id}`
@@ -288,8 +291,8 @@ pub(super) async fn model(
     State(service): State<GenerationService>,
     Path(id): Path<String>,
 ) -> Result<Response, Failure> {
-    service.check_model(Some(id))?;
-    Ok(json_response(json(&ModelJson::of(&service)), &Ignored::default()))
+    let service = service.select(Some(&id), Task::Any)?;
+    Ok(json_response(json(&ModelJson::of(service.model())), &Ignored::default()))
 }
 
 /// `GET /version`

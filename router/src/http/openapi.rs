@@ -198,6 +198,43 @@ const TOKENIZE: &[Field] = &[
 
 const DETOKENIZE: &[Field] = &[("tokens", "array", "Token ids"), ("model", "string", "The served model's name")];
 
+/// What all requests for vectors and scores have.
+const POOLING: &[Field] = &[
+    ("model", "string", "The served model's name"),
+    ("truncate_prompt_tokens", "integer", "Most tokens of a text, whose end is cut off; -1 is the model's length"),
+    ("request_id", "string", "[A-Za-z0-9._-]{1,128}; also the header x-request-id"),
+    ("user", "string", "A label"),
+];
+
+const EMBEDDINGS: &[Field] = &[
+    ("input", "string|array", "A text, token ids, or a list of either"),
+    ("encoding_format", "string", "float (the default) or base64: little-endian f32"),
+    ("dimensions", "integer", "The first so many numbers of each vector"),
+    ("add_special_tokens", "boolean", "Whether the tokenizer adds its own"),
+    ("prompt_name", "string", "Which of the model's prompts stands before each text"),
+    ("normalize", "boolean", "Must be what the model does"),
+];
+
+const RERANK: &[Field] = &[
+    ("query", "string", "The question"),
+    ("documents", "array", "Texts, or objects with a text"),
+    ("top_n", "integer", "So many of the best; 0 is all"),
+    ("return_documents", "boolean", "Whether texts come back; true by default"),
+];
+
+const SCORE: &[Field] = &[
+    ("text_1", "string|array", "One text, or as many as text_2; also queries"),
+    ("text_2", "string|array", "Texts; also documents"),
+];
+
+const OLLAMA_EMBED: &[Field] = &[
+    ("model", "string", "The served model's name"),
+    ("input", "string|array", "A text, or a list of texts"),
+    ("truncate", "boolean", "Whether longer texts are cut; true by default"),
+    ("dimensions", "integer", "The first so many numbers of each vector"),
+    ("keep_alive", "string|number", "Without an effect: the model stays"),
+];
+
 const fn get(
     tag: &'static str,
     path: &'static str,
@@ -218,7 +255,7 @@ const fn post(
     Operation { method: "post", path, tag, about, num_required, fields, answers }
 }
 
-const OPERATIONS: [Operation; 31] = [
+const OPERATIONS: [Operation; 38] = [
     post("OpenAI", "/v1/chat/completions", "Answers a conversation", 1, &[CHAT, COMMON, SAMPLING], &[JSON, SSE]),
     post(
         "OpenAI",
@@ -232,6 +269,12 @@ const OPERATIONS: [Operation; 31] = [
     get("OpenAI", "/v1/responses/{id}", "A kept response", &[JSON]),
     Operation { method: "delete", ..get("OpenAI", "/v1/responses/{id}", "Forgets a response, and ends it", &[JSON]) },
     post("OpenAI", "/v1/responses/{id}/cancel", "Ends a response that is still being made", 0, &[], &[JSON]),
+    post("OpenAI", "/v1/embeddings", "Vectors of texts", 1, &[EMBEDDINGS, POOLING], &[JSON]),
+    post("Texts", "/v1/rerank", "Which documents answer a question", 2, &[RERANK, POOLING], &[JSON]),
+    post("Texts", "/v2/rerank", "The same as /v1/rerank", 2, &[RERANK, POOLING], &[JSON]),
+    post("Texts", "/rerank", "The same as /v1/rerank", 2, &[RERANK, POOLING], &[JSON]),
+    post("Texts", "/v1/score", "How near pairs of texts are", 0, &[SCORE, POOLING], &[JSON]),
+    post("Texts", "/score", "The same as /v1/score", 0, &[SCORE, POOLING], &[JSON]),
     get("OpenAI", "/v1/models", "What is served", &[JSON]),
     get("OpenAI", "/v1/models/{*id}", "One model", &[JSON]),
     post(
@@ -254,6 +297,7 @@ const OPERATIONS: [Operation; 31] = [
     post("Code", "/infill", "llama.cpp's: fills a gap", 2, &[INFILL, MAX_TOKENS, SAMPLING], &[JSON, SSE]),
     post("Ollama", "/api/chat", "Answers a conversation", 0, &[OLLAMA_CHAT, OLLAMA], &["application/x-ndjson", JSON]),
     post("Ollama", "/api/generate", "Answers a prompt", 0, &[OLLAMA_GENERATE, OLLAMA], &["application/x-ndjson", JSON]),
+    post("Ollama", "/api/embed", "Vectors of texts", 2, &[OLLAMA_EMBED], &[JSON]),
     get("Ollama", "/api/tags", "What is served", &[JSON]),
     post("Ollama", "/api/show", "One model", 1, &[&[("model", "string", "Its name")]], &[JSON]),
     get("Ollama", "/api/ps", "What is loaded", &[JSON]),

@@ -12,6 +12,7 @@ use crate::error::ApiError;
 use crate::generation::{GenerationService, Limits, invalid};
 use crate::metrics::{Endpoint, RequestMetrics};
 use crate::served_model::ServedModel;
+use crate::served_models::Task;
 
 use super::RequestId;
 use super::failure::Failure;
@@ -25,6 +26,12 @@ pub(super) trait Body: Sized {
     /// Reads the fields. Fails with the first that cannot be served.
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError>;
 
+    /// What the route wants of the model.
+    const TASK: Task = Task::Generate;
+
+    /// The model that it names.
+    fn model(&self) -> Option<&str>;
+
     /// Names of fields that nobody looked at.
     fn ignored(&self) -> &Ignored;
 
@@ -34,13 +41,15 @@ pub(super) trait Body: Sized {
 
 /// A body that was understood. What it holds takes about the memory of its bytes.
 pub(super) struct Parsed<T> {
+    /// Of the model that the body asks for.
+    pub(super) service: GenerationService,
     pub(super) id: RequestId,
     pub(super) body: T,
     /// Held until its text is tokens.
     pub(super) share: BodyShare,
 }
 
-/// Reads a body and parses it; a refusal is counted under its endpoint.
+/// Reads a body, parses it and finds its model; a refusal is counted under its endpoint.
 pub(super) async fn receive<T: Body>(
     service: &GenerationService,
     endpoint: Endpoint,
@@ -52,10 +61,11 @@ pub(super) async fn receive<T: Body>(
         let strict = is_strict(request.headers(), limits)?;
         let Received { body, share } = read_json_body(request, service).await?;
         let mut body = T::parse(&body, limits)?;
+        let service = service.select(body.model(), T::TASK)?;
         body.note_unread(service.model());
         match body.ignored().first() {
             Some(name) if strict => Err(invalid(name, "is not known, and the request is strict").into()),
-            _ => Ok(Parsed { id, body, share }),
+            _ => Ok(Parsed { service, id, body, share }),
         }
     };
     parsed.await.inspect_err(|failure: &Failure| RequestMetrics::start(endpoint).finish(failure.outcome()))

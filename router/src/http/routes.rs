@@ -5,7 +5,7 @@ use axum::handler::Handler;
 use axum::routing::{MethodRouter, delete, get, post};
 
 use super::responses::Responses;
-use super::{infill, messages, ollama, openai, openapi, responses};
+use super::{embeddings, infill, messages, ollama, openai, openapi, rerank, responses};
 
 /// Routes with their methods, in the order of the table.
 pub(super) struct Routes {
@@ -41,6 +41,12 @@ pub(super) fn all() -> Routes {
     Routes { router: Router::new(), listed: Vec::new() }
         .post("/v1/chat/completions", openai::chat)
         .post("/v1/completions", openai::completions)
+        .post("/v1/embeddings", embeddings::create)
+        .post("/v1/rerank", rerank::rerank)
+        .post("/v2/rerank", rerank::rerank)
+        .post("/rerank", rerank::rerank)
+        .post("/v1/score", rerank::score)
+        .post("/score", rerank::score)
         .post("/v1/responses", responses::create)
         .get("/v1/responses/{id}", responses::get)
         .delete("/v1/responses/{id}", responses::delete)
@@ -53,6 +59,7 @@ pub(super) fn all() -> Routes {
         .post("/infill", infill::infill)
         .post("/api/chat", ollama::chat)
         .post("/api/generate", ollama::generate)
+        .post("/api/embed", ollama::embed)
         .get("/api/tags", ollama::tags)
         .post("/api/show", ollama::show)
         .get("/api/ps", ollama::running)

@@ -12,6 +12,7 @@ use crate::generation::{
 };
 use crate::random::is_request_id;
 use crate::served_model::ServedModel;
+use crate::served_models::Task;
 
 use super::fields::{Fields, Ignored, list, raw_list};
 use super::format::format;
@@ -124,6 +125,10 @@ impl Prompt {
 }
 
 impl Body for ChatBody {
+    fn model(&self) -> Option<&str> {
+        self.common.model.as_deref()
+    }
+
     fn ignored(&self) -> &Ignored {
         &self.common.ignored
     }
@@ -164,6 +169,10 @@ impl Body for ChatBody {
 }
 
 impl Body for CompletionsBody {
+    fn model(&self) -> Option<&str> {
+        self.common.model.as_deref()
+    }
+
     fn ignored(&self) -> &Ignored {
         &self.common.ignored
     }
@@ -191,7 +200,7 @@ impl Body for CompletionsBody {
             return Err(invalid("best_of", "is only supported where it equals `n`"));
         }
         let prompts = match fields.raw("prompt") {
-            Some(raw) => prompts(raw, limits)?,
+            Some(raw) => prompts(raw, "prompt", limits.max_prompts)?,
             None => return Err(invalid("prompt", "is needed")),
         };
         let prompts = match suffix {
@@ -217,6 +226,12 @@ pub(super) struct TokenizeBody {
 }
 
 impl Body for TokenizeBody {
+    const TASK: Task = Task::Any;
+
+    fn model(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
     fn ignored(&self) -> &Ignored {
         &self.ignored
     }
@@ -248,6 +263,12 @@ pub(super) struct DetokenizeBody {
 }
 
 impl Body for DetokenizeBody {
+    const TASK: Task = Task::Any;
+
+    fn model(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
     fn ignored(&self) -> &Ignored {
         &self.ignored
     }
@@ -496,21 +517,19 @@ fn parts(raw: &RawValue, name: &str, ignored: &mut Ignored) -> Result<String, Ap
 }
 
 /// A string, a list of strings, a list of token ids, or a list of such lists.
-fn prompts(raw: &RawValue, limits: &Limits) -> Result<Vec<Prompt>, ApiError> {
+pub(super) fn prompts(raw: &RawValue, name: &str, limit: usize) -> Result<Vec<Prompt>, ApiError> {
     const MUST: &str = "be a string, a list of token ids, or a list of either";
     let text = raw.get();
     let first = text.strip_prefix('[').map(str::trim_start);
     let prompts: Vec<Prompt> = match (first, first.and_then(|items| items.bytes().next())) {
         (None, _) if text.starts_with('"') => {
-            vec![Prompt::Text(serde_json::from_str(text).map_err(|_| invalid("prompt", format_args!("must {MUST}")))?)]
+            vec![Prompt::Text(serde_json::from_str(text).map_err(|_| invalid(name, format_args!("must {MUST}")))?)]
         }
-        (Some(_), Some(b'"')) => list(raw, "prompt", limits.max_prompts, MUST)?.into_iter().map(Prompt::Text).collect(),
-        (Some(_), Some(b'[')) => {
-            list(raw, "prompt", limits.max_prompts, MUST)?.into_iter().map(Prompt::TokenIds).collect()
-        }
-        (Some(_), Some(b'0'..=b'9')) => vec![Prompt::TokenIds(list(raw, "prompt", usize::MAX, MUST)?)],
-        (Some(_), Some(b']')) => return Err(invalid("prompt", "must not be empty")),
-        _ => return Err(invalid("prompt", format_args!("must {MUST}"))),
+        (Some(_), Some(b'"')) => list(raw, name, limit, MUST)?.into_iter().map(Prompt::Text).collect(),
+        (Some(_), Some(b'[')) => list(raw, name, limit, MUST)?.into_iter().map(Prompt::TokenIds).collect(),
+        (Some(_), Some(b'0'..=b'9')) => vec![Prompt::TokenIds(list(raw, name, usize::MAX, MUST)?)],
+        (Some(_), Some(b']')) => return Err(invalid(name, "must not be empty")),
+        _ => return Err(invalid(name, format_args!("must {MUST}"))),
     };
     Ok(prompts)
 }

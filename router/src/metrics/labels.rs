@@ -12,16 +12,23 @@ pub enum Endpoint {
     CountTokens,
     OllamaChat,
     OllamaGenerate,
+    OllamaEmbed,
+    Embeddings,
+    Rerank,
+    Score,
     Tokenize,
     Detokenize,
     GrpcGenerate,
     GrpcChat,
+    GrpcEmbed,
+    GrpcRerank,
     GrpcVllmGenerate,
+    GrpcVllmEmbed,
     GrpcModelInfer,
 }
 
 impl Endpoint {
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 22] = [
         Self::Chat,
         Self::Completions,
         Self::FimCompletions,
@@ -31,11 +38,18 @@ impl Endpoint {
         Self::CountTokens,
         Self::OllamaChat,
         Self::OllamaGenerate,
+        Self::OllamaEmbed,
+        Self::Embeddings,
+        Self::Rerank,
+        Self::Score,
         Self::Tokenize,
         Self::Detokenize,
         Self::GrpcGenerate,
         Self::GrpcChat,
+        Self::GrpcEmbed,
+        Self::GrpcRerank,
         Self::GrpcVllmGenerate,
+        Self::GrpcVllmEmbed,
         Self::GrpcModelInfer,
     ];
 
@@ -50,11 +64,18 @@ impl Endpoint {
             Self::CountTokens => "count_tokens",
             Self::OllamaChat => "ollama_chat",
             Self::OllamaGenerate => "ollama_generate",
+            Self::OllamaEmbed => "ollama_embed",
+            Self::Embeddings => "embeddings",
+            Self::Rerank => "rerank",
+            Self::Score => "score",
             Self::Tokenize => "tokenize",
             Self::Detokenize => "detokenize",
             Self::GrpcGenerate => "grpc_generate",
             Self::GrpcChat => "grpc_chat",
+            Self::GrpcEmbed => "grpc_embed",
+            Self::GrpcRerank => "grpc_rerank",
             Self::GrpcVllmGenerate => "grpc_vllm_generate",
+            Self::GrpcVllmEmbed => "grpc_vllm_embed",
             Self::GrpcModelInfer => "grpc_model_infer",
         }
     }

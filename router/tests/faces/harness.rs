@@ -1,5 +1,6 @@
 //! Both faces in this process, over an engine without a model.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use quire_engine::testing::{FakeExecutor, Recorder, fake_model, start_with};
-use quire_engine::{EngineHandle, ModelSource, SchedulerSettings};
+use quire_engine::{EngineConfig, EngineHandle, ModelSource, SchedulerSettings, pooling};
 use quire_proto::quire::v1::quire_client::QuireClient;
 use quire_router::body_budget::BodyBudget;
 use quire_router::dialect::{ReasoningParserChoice, ToolParserChoice};
@@ -18,11 +19,13 @@ use quire_router::inflight::Inflight;
 use quire_router::lifecycle::{Lifecycle, Serving};
 use quire_router::metrics::ModelMetrics;
 use quire_router::served_model::ServedModel;
+use quire_router::served_models::{Runner, Served, ServedModels};
 use quire_router::worker::LocalWorker;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
 pub(crate) const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/demo");
+const EMBEDDERS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/embedders");
 pub(crate) const VOCAB: u32 = 3072;
 pub(crate) const EOS: u32 = 2;
 
@@ -82,27 +85,47 @@ impl Server {
         Self::of_model(executor, limits, settings, |model| model)
     }
 
+    /// The demo model, and embedders and rerankers of `tests/fixtures/embedders` beside it.
+    pub(crate) fn beside(executor: FakeExecutor, pooling: &[&str]) -> Self {
+        Self::of_models(executor, Limits::default(), &SchedulerSettings::default(), |model| model, pooling)
+    }
+
     fn of_model(
         executor: FakeExecutor,
         limits: Limits,
         settings: &SchedulerSettings,
         change: impl FnOnce(ServedModel) -> ServedModel,
     ) -> Self {
+        Self::of_models(executor, limits, settings, change, &[])
+    }
+
+    fn of_models(
+        executor: FakeExecutor,
+        limits: Limits,
+        settings: &SchedulerSettings,
+        change: impl FnOnce(ServedModel) -> ServedModel,
+        pooling: &[&str],
+    ) -> Self {
         let engine =
             start_with(executor, fake_model(VOCAB), settings, 0, Box::new(Recorder::default())).expect("starts");
         let source = ModelSource::Directory(DEMO.into());
         let model = change(ServedModel::load(&source, "demo".to_owned(), engine.model()).expect("loads"));
+        let runner = Runner::Generates(Arc::new(LocalWorker::new(engine.clone())));
+        let mut models = vec![Served { model: Arc::new(model), runner, pace: Arc::default() }];
+        models.extend(pooling.iter().map(|name| embedder(name)));
+        let described: Vec<_> =
+            models.iter().map(|served| (served.model.name().to_owned(), served.model.info().clone())).collect();
         let bodies = BodyBudget::new(limits.max_buffered_bytes);
         let service = GenerationService::new(ServiceParts {
-            worker: Arc::new(LocalWorker::new(engine.clone())),
-            model: Arc::new(model),
+            models: ServedModels::new(models),
             bodies: bodies.clone(),
             limits: limits.clone(),
             inflight: Arc::new(Inflight::default()),
         });
         let router = routes(service.clone());
         let lifecycle = Lifecycle::new(Duration::from_secs(60));
-        let metrics = ModelMetrics::new("demo", engine.model());
+        let metrics =
+            ModelMetrics::new(&described.iter().map(|(name, info)| (name.as_str(), info)).collect::<Vec<_>>());
         lifecycle.begin_serving(Serving { service: service.clone(), metrics, http: router.clone() });
         let body_timeout = Duration::from_secs(limits.body_timeout_seconds);
         let limits = GrpcLimits { max_message_bytes: limits.max_body_bytes, body_timeout, bodies };
@@ -147,6 +170,22 @@ impl Server {
         }
         panic!("the engine still works: {:?}", self.engine.stats());
     }
+}
+
+/// A model of `tests/fixtures/embedders`.
+fn embedder(name: &str) -> Served {
+    let source = ModelSource::Directory(PathBuf::from(EMBEDDERS).join(name));
+    let engine = EngineConfig { num_threads: 1, ..EngineConfig::default() };
+    let settings = SchedulerSettings::default();
+    let engine = pooling::start(&source, &engine, &settings, Box::new(Recorder::default()), 0).expect("starts");
+    let model = ServedModel::load(&source, name.to_owned(), engine.model()).expect("loads");
+    Served { model: Arc::new(model), runner: Runner::Pools(engine), pace: Arc::default() }
+}
+
+/// What transformers answers with such a model.
+pub(crate) fn expected(name: &str) -> Value {
+    let file = PathBuf::from(EMBEDDERS).join(name).join("expected.json");
+    serde_json::from_slice(&std::fs::read(file).expect("a fixture")).expect("JSON")
 }
 
 pub(crate) fn post(path: &str, body: impl Into<Body>) -> Request<Body> {

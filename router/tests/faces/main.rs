@@ -5,6 +5,7 @@ mod contracts;
 mod dialects;
 mod drain;
 mod editors;
+mod embeddings;
 mod endings;
 mod grpc;
 mod harness;

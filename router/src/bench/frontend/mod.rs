@@ -29,6 +29,7 @@ use crate::lifecycle::{Lifecycle, Serving};
 use crate::listener::Listener;
 use crate::metrics::{Listener as Kind, ModelMetrics};
 use crate::served_model::{ServedModel, TextSide};
+use crate::served_models::ServedModels;
 use crate::shutdown::Shutdown;
 use crate::worker::Worker;
 
@@ -212,15 +213,14 @@ impl Front {
         let model = ServedModel::new(text, "bench".to_owned(), &info);
         let bodies = BodyBudget::new(config.limits.max_buffered_bytes);
         let service = GenerationService::new(ServiceParts {
-            worker: Arc::new(worker),
-            model: Arc::new(model),
+            models: ServedModels::one(model, Arc::new(worker)),
             limits: config.limits.clone(),
             inflight: Arc::new(Inflight::default()),
             bodies: bodies.clone(),
         });
         let lifecycle = Arc::new(Lifecycle::new(Duration::from_secs(config.server.stall_seconds)));
         let router = http::routes(service.clone());
-        let metrics = ModelMetrics::new("bench", &info);
+        let metrics = ModelMetrics::new(&[("bench", &info)]);
         lifecycle.begin_serving(Serving { http: router.clone(), service, metrics });
         let limits = GrpcLimits {
             max_message_bytes: config.server.grpc_max_message_bytes,

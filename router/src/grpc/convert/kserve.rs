@@ -11,6 +11,7 @@ use crate::error::ApiError;
 use crate::generation::{GenerationParams, Limits, StopCause, Usage};
 use crate::http::sampling_of_json;
 use crate::served_model::ServedModel;
+use crate::served_models::{Served, ServedModels};
 
 use super::invalid;
 
@@ -48,8 +49,8 @@ pub(in crate::grpc) struct Form {
 }
 
 /// Whether a model goes by this name and version.
-pub(in crate::grpc) fn is_served(model: &ServedModel, name: &str, version: &str) -> bool {
-    name == model.name() && matches!(version, "" | VERSION)
+pub(in crate::grpc) fn is_version(version: &str) -> bool {
+    matches!(version, "" | VERSION)
 }
 
 /// The texts and parameters of a request.
@@ -396,14 +397,14 @@ pub(in crate::grpc) fn model_config(model: &ServedModel) -> wire::ModelConfigRes
 }
 
 /// All models; `ready` is why the server does not take requests, if so.
-pub(in crate::grpc) fn index(model: &ServedModel, not_ready: Option<&str>) -> wire::RepositoryIndexResponse {
-    let entry = wire::repository_index_response::ModelIndex {
-        name: model.name().to_owned(),
+pub(in crate::grpc) fn index(models: &ServedModels, not_ready: Option<&str>) -> wire::RepositoryIndexResponse {
+    let entry = |served: &Served| wire::repository_index_response::ModelIndex {
+        name: served.model.name().to_owned(),
         version: VERSION.to_owned(),
         state: if not_ready.is_none() { "READY" } else { "UNAVAILABLE" }.to_owned(),
         reason: not_ready.unwrap_or_default().to_owned(),
     };
-    wire::RepositoryIndexResponse { models: vec![entry] }
+    wire::RepositoryIndexResponse { models: models.iter().map(entry).collect() }
 }
 
 #[cfg(test)]

@@ -10,12 +10,13 @@ use quire_proto::vllm::grpc::engine::sampling_params::Constraint;
 
 use crate::error::ApiError;
 use crate::generation::{
-    GenerationEvent, GenerationParams, GenerationRequest, Input, Keep, NamedLogprobs, RequestedFormat, StopCause,
-    TokenInfo, TruncateTo, Truncation, Usage,
+    EmbedRequest, Embedded, GenerationEvent, GenerationParams, GenerationRequest, GenerationService, Input, Keep,
+    NamedLogprobs, PoolingRequest, PoolingText, PoolingTruncation, RequestedFormat, StopCause, TokenInfo, TruncateTo,
+    Truncation, Usage,
 };
 use crate::grammar::OutputFormat;
 use crate::metrics::Endpoint;
-use crate::served_model::ServedModel;
+use crate::served_models::Runner;
 use crate::telemetry::format_time;
 
 use super::invalid;
@@ -306,12 +307,12 @@ fn small(value: impl TryInto<i32>) -> i32 {
 }
 
 /// What is served.
-pub(in crate::grpc) fn model_info(model: &ServedModel) -> wire::GetModelInfoResponse {
-    let info = model.info();
+pub(in crate::grpc) fn model_info(service: &GenerationService) -> wire::GetModelInfoResponse {
+    let (model, info) = (service.model(), service.model().info());
     let family = info.architecture.split("For").next().unwrap_or_default().to_ascii_lowercase();
     wire::GetModelInfoResponse {
         model_path: model.name().to_owned(),
-        is_generation: true,
+        is_generation: matches!(service.runner(), Runner::Generates(_)),
         max_context_length: info.max_model_len,
         vocab_size: info.vocab_size,
         supports_vision: false,
@@ -325,6 +326,32 @@ pub(in crate::grpc) fn model_info(model: &ServedModel) -> wire::GetModelInfoResp
         max_req_input_len: small(info.max_model_len.saturating_sub(1)),
         default_sampling_params_json: serde_json::to_string(model.defaults()).unwrap_or_default(),
     }
+}
+
+pub(in crate::grpc) fn embed_request(
+    message: wire::EmbedRequest,
+    request_id: String,
+    deadline: Option<Instant>,
+) -> Result<EmbedRequest, ApiError> {
+    let wire::EmbedRequest { request_id: _, tokenized } = message;
+    let tokenized = tokenized.ok_or_else(|| invalid("tokenized", "is needed"))?;
+    let truncation = PoolingTruncation::No;
+    let request = PoolingRequest { request_id, endpoint: Endpoint::GrpcVllmEmbed, model: None, truncation, deadline };
+    Ok(EmbedRequest {
+        request,
+        inputs: vec![PoolingText::TokenIds(tokenized.input_ids)],
+        param: "tokenized.input_ids",
+        add_special_tokens: false,
+        dimensions: None,
+        prompt_name: None,
+    })
+}
+
+pub(in crate::grpc) fn embedded(embedded: Embedded) -> wire::EmbedResponse {
+    let embedding = embedded.vectors.into_iter().next().unwrap_or_default();
+    let embedding_dim = embedding.len() as u32;
+    let prompt_tokens = u32::try_from(embedded.num_tokens).unwrap_or(u32::MAX);
+    wire::EmbedResponse { embedding, prompt_tokens, embedding_dim }
 }
 
 /// What the server is; `uptime` and `last_receive` in seconds, the latter since 1970.

@@ -36,6 +36,10 @@ pub(super) struct CountBody {
 }
 
 impl Body for MessagesBody {
+    fn model(&self) -> Option<&str> {
+        self.conversation.model.as_deref()
+    }
+
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();
@@ -74,6 +78,10 @@ impl Body for MessagesBody {
 }
 
 impl Body for CountBody {
+    fn model(&self) -> Option<&str> {
+        self.conversation.model.as_deref()
+    }
+
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();

@@ -22,7 +22,7 @@ use wire::{Head, MessageStream};
 
 /// `POST /v1/messages`
 pub(super) async fn create(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
-    let Parsed { id, body, share } = receive::<MessagesBody>(&service, Endpoint::Messages, request).await?;
+    let Parsed { service, id, body, share } = receive::<MessagesBody>(&service, Endpoint::Messages, request).await?;
     let MessagesBody { conversation, params, stream, ignored } = body;
     let ask = Ask {
         endpoint: Endpoint::Messages,
@@ -54,8 +54,8 @@ pub(super) async fn count_tokens(
     State(service): State<GenerationService>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let Parsed { body, share: _share, .. } = receive::<CountBody>(&service, Endpoint::CountTokens, request).await?;
-    service.check_model(body.conversation.model)?;
+    let Parsed { service, body, share: _share, .. } =
+        receive::<CountBody>(&service, Endpoint::CountTokens, request).await?;
     let tokens = service.tokenize(Input::Chat(body.conversation.input)).await?;
     Ok(json_response(to_json(&json!({"input_tokens": tokens.len()})), &body.ignored))
 }

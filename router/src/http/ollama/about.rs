@@ -12,10 +12,10 @@ use crate::http::fields::Ignored;
 use crate::http::receive::{Parsed, receive};
 use crate::metrics::Endpoint;
 use crate::served_model::ServedModel;
+use crate::served_models::Runner;
 use crate::telemetry::format_time;
 
 use super::body::ShowBody;
-use super::without_tag;
 
 fn details(model: &ServedModel) -> Value {
     let info = model.info();
@@ -44,17 +44,22 @@ fn entry(model: &ServedModel) -> Value {
 
 /// `GET /api/tags`
 pub(in crate::http) async fn tags(State(service): State<GenerationService>) -> Response {
-    json_response(to_json(&json!({"models": [entry(service.model())]})), &Ignored::default())
+    let models: Vec<Value> = service.models().iter().map(|served| entry(&served.model)).collect();
+    json_response(to_json(&json!({"models": models})), &Ignored::default())
 }
 
 /// `GET /api/ps`
 pub(in crate::http) async fn running(State(service): State<GenerationService>) -> Response {
-    let mut running = entry(service.model());
-    // It is never unloaded.
-    running["expires_at"] = json!("9999-12-31T23:59:59Z");
-    running["size_vram"] = json!(0);
-    running["context_length"] = json!(service.model().info().max_model_len);
-    json_response(to_json(&json!({"models": [running]})), &Ignored::default())
+    let running = |model: &ServedModel| {
+        let mut running = entry(model);
+        // It is never unloaded.
+        running["expires_at"] = json!("9999-12-31T23:59:59Z");
+        running["size_vram"] = json!(0);
+        running["context_length"] = json!(model.info().max_model_len);
+        running
+    };
+    let models: Vec<Value> = service.models().iter().map(|served| running(&served.model)).collect();
+    json_response(to_json(&json!({"models": models})), &Ignored::default())
 }
 
 /// `POST /api/show`
@@ -62,10 +67,12 @@ pub(in crate::http) async fn show(
     State(service): State<GenerationService>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let Parsed { body, .. } = receive::<ShowBody>(&service, Endpoint::OllamaGenerate, request).await?;
-    service.check_model(Some(without_tag(body.model)))?;
+    let Parsed { service, body, .. } = receive::<ShowBody>(&service, Endpoint::OllamaGenerate, request).await?;
     let model = service.model();
-    let mut capabilities = vec!["completion"];
+    let mut capabilities = match service.runner() {
+        Runner::Generates(_) => vec!["completion"],
+        Runner::Pools(_) => vec!["embedding"],
+    };
     if model.chat_template().is_some() {
         capabilities.push("tools");
     }

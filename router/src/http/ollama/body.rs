@@ -12,10 +12,16 @@ use crate::http::format::schema_or_json;
 use crate::http::receive::Body;
 use crate::http::tools::{calls, tools};
 use crate::served_model::ServedModel;
+use crate::served_models::Task;
 
 /// Options that say how a machine runs a model, which is the operator's to say here: named as ignored.
 const MACHINE: [&str; 9] =
     ["num_gpu", "main_gpu", "num_thread", "num_batch", "num_keep", "numa", "low_vram", "use_mmap", "use_mlock"];
+
+/// Ollama's clients may put a tag behind a name; there is one of each model.
+pub(super) fn without_tag(name: String) -> String {
+    name.strip_suffix(":latest").map_or(name.clone(), str::to_owned)
+}
 
 /// What a request asks of the model.
 pub(super) struct Wanted {
@@ -94,7 +100,7 @@ fn wanted(fields: &mut Fields<'_>, limits: &Limits, mut ignored: Ignored) -> Res
     }
     // A served model stays.
     let _ = fields.raw("keep_alive");
-    let model = fields.string("model")?;
+    let model = fields.string("model")?.map(without_tag);
     let stream = fields.bool("stream")?.unwrap_or(true);
     fields.note_ignored(&mut ignored);
     Ok(Wanted { model, input: None, params, num_ctx, stream, ignored })
@@ -117,6 +123,10 @@ fn think(fields: &mut Fields<'_>, input: &mut ChatInput) -> Result<(), ApiError>
 }
 
 impl Body for ChatBody {
+    fn model(&self) -> Option<&str> {
+        self.0.model.as_deref()
+    }
+
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();
@@ -192,6 +202,10 @@ fn name_calls(messages: &mut [ChatMessage]) {
 }
 
 impl Body for GenerateBody {
+    fn model(&self) -> Option<&str> {
+        self.0.model.as_deref()
+    }
+
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         fields.refuse(&["images", "template", "context"])?;
@@ -232,13 +246,19 @@ impl Body for GenerateBody {
 }
 
 impl Body for ShowBody {
+    const TASK: Task = Task::Any;
+
+    fn model(&self) -> Option<&str> {
+        Some(&self.model)
+    }
+
     fn parse(body: &[u8], _: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let model = match fields.string("model")? {
             Some(model) => Some(model),
             None => fields.string("name")?,
         };
-        let Some(model) = model else { return Err(invalid("model", "is needed")) };
+        let Some(model) = model.map(without_tag) else { return Err(invalid("model", "is needed")) };
         let _ = (fields.raw("verbose"), fields.raw("name"));
         let mut ignored = Ignored::default();
         fields.note_ignored(&mut ignored);

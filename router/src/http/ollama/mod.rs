@@ -2,6 +2,7 @@
 
 mod about;
 mod body;
+mod embed;
 mod wire;
 
 use std::time::Instant;
@@ -24,21 +25,18 @@ use body::{ChatBody, GenerateBody, Wanted};
 use wire::LineWriter;
 
 pub(super) use about::{running, show, tags, version};
-
-/// Ollama's clients may put a tag behind a name; there is one of each model.
-fn without_tag(name: String) -> String {
-    name.strip_suffix(":latest").map_or(name.clone(), str::to_owned)
-}
+pub(super) use embed::embed;
 
 /// `POST /api/chat`
 pub(super) async fn chat(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
-    let Parsed { id, body, share } = receive::<ChatBody>(&service, Endpoint::OllamaChat, request).await?;
+    let Parsed { service, id, body, share } = receive::<ChatBody>(&service, Endpoint::OllamaChat, request).await?;
     answer(service, Endpoint::OllamaChat, id, body.0, share).await
 }
 
 /// `POST /api/generate`
 pub(super) async fn generate(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
-    let Parsed { id, body, share } = receive::<GenerateBody>(&service, Endpoint::OllamaGenerate, request).await?;
+    let Parsed { service, id, body, share } =
+        receive::<GenerateBody>(&service, Endpoint::OllamaGenerate, request).await?;
     answer(service, Endpoint::OllamaGenerate, id, body.0, share).await
 }
 
@@ -56,10 +54,8 @@ async fn answer(
         let must = format!("must be at most {max_model_len}, the model's length");
         return Err(invalid("options.num_ctx", must).into());
     }
-    let model = model.map(without_tag);
     let writer = LineWriter::new(service.model().name().to_owned(), endpoint, begun);
     let Some(input) = input else {
-        service.check_model(model)?;
         return Ok(json_response(writer.loaded(), &ignored));
     };
     let ask = Ask { endpoint, request_id: id.0.to_string(), model, input, params };

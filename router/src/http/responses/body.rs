@@ -52,6 +52,10 @@ pub(super) struct Said {
 }
 
 impl Body for ResponsesBody {
+    fn model(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
     fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
         let mut ignored = Ignored::default();

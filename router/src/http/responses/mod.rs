@@ -49,7 +49,7 @@ impl FromRef<Responses> for GenerationService {
 /// `POST /v1/responses`
 pub(super) async fn create(State(responses): State<Responses>, request: Request) -> Result<Response, Failure> {
     let Responses { service, store } = responses;
-    let Parsed { body, share, .. } = receive::<ResponsesBody>(&service, Endpoint::Responses, request).await?;
+    let Parsed { service, body, share, .. } = receive::<ResponsesBody>(&service, Endpoint::Responses, request).await?;
     let ResponsesBody { background, stream, .. } = body;
     // Ids of clients are not always unique, and a response is found by its own.
     let id = format!("resp_{}", request_id());
