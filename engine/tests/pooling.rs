@@ -161,6 +161,7 @@ async fn a_full_queue_says_when_to_come_back_and_a_caller_that_leaves_makes_room
 #[test]
 fn files_say_what_a_model_is_for() {
     for name in CASES {
+        assert_eq!(start(name, Isa::detect(), &settings(512, 8)).model().weight_format, "f32", "{name}");
         assert_eq!(kind_of(&source(name)).unwrap(), ModelKind::Pools, "{name}");
         let handle = start(name, Isa::detect(), &settings(512, 8));
         let is_score = name.ends_with("rerank");

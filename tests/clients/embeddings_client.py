@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ assert min(cosines) > LEAST_COSINE, cosines
 assert answer.usage.prompt_tokens == answer.usage.total_tokens > len(texts), answer.usage
 
 as_floats = client.embeddings.create(model="minilm", input=texts[0], encoding_format="float").data[0].embedding
-assert max(abs(a - b) for a, b in zip(as_floats, found[0], strict=True)) == 0, "the same bits alone"
+packed = [struct.pack(f"{len(vector)}f", *vector) for vector in (as_floats, found[0])]
+assert packed[0] == packed[1], "the same bits alone and in a batch, written out and in base64"
 short = client.embeddings.create(model="minilm", input=texts[0], dimensions=128).data[0].embedding
 assert len(short) == 128 and cosine(short, found[0][:128]) > 0.999999, short
 chat = client.chat.completions.create(model="quire-demo", messages=[{"role": "user", "content": "What is 7 + 5?"}])

@@ -8,9 +8,9 @@ use super::{Loaded, Plan, Pooler, normalize};
 use crate::error::EngineError;
 use crate::handle::ModelInfo;
 use crate::model_executor::dtype;
-use crate::models::encoder::{BatchLimits, Encoder, EncoderConfig, EncoderInputs, Head};
+use crate::models::encoder::{BatchLimits, Encoder, EncoderConfig, EncoderInputs, Head, stored_dtype};
 use crate::models::loader::WeightChoice;
-use crate::weights;
+use crate::weights::Weights;
 
 /// An encoder on a device, with the arrays of a batch.
 pub(super) struct EncoderPooler<B: Backend> {
@@ -41,9 +41,8 @@ struct HostArrays {
 impl<B: Backend> EncoderPooler<B> {
     pub(super) fn load(mut backend: B, config: EncoderConfig, plan: &Plan<'_>) -> Result<Loaded<Self>, EngineError> {
         let spec = Spec::read(plan.source, Pooling::Mean)?;
-        let json = weights::read_config(plan.source, "config.json")?.unwrap_or_default();
-        let weights = plan.weights(&config, &json)?;
-        let choice = choice_of(&config, plan);
+        let weights = plan.weights(&config)?;
+        let choice = choice_of(&config, &weights, plan);
         let max_len = plan.max_len(config.max_len(), &spec);
         let limits = plan.batch_limits(max_len);
         let (weight_bytes, working_bytes) = Encoder::expected_bytes(&backend, &config, choice, limits);
@@ -148,9 +147,10 @@ fn mean(states: &[f32], dim: usize) -> Vec<f32> {
     sums.into_iter().map(|sum| (sum / num_rows) as f32).collect()
 }
 
-/// What an encoder's weights are stored as.
-pub(super) fn choice_of(config: &EncoderConfig, plan: &Plan<'_>) -> WeightChoice {
-    WeightChoice { dtype: dtype(plan.engine.dtype, config.dtype), quantize: plan.engine.quantize }
+/// What an encoder's weights become: what the files have counts more than what their configuration says.
+fn choice_of(config: &EncoderConfig, weights: &Weights, plan: &Plan<'_>) -> WeightChoice {
+    let stored = stored_dtype(config, weights).or(config.dtype);
+    WeightChoice { dtype: dtype(plan.engine.dtype, stored), quantize: plan.engine.quantize }
 }
 
 /// Bytes of an encoder: of its weights, and of a batch's buffers.
@@ -161,7 +161,8 @@ pub(super) fn expected_bytes<B: Backend>(
 ) -> Result<(u64, u64), EngineError> {
     let spec = Spec::read(plan.source, Pooling::Mean)?;
     let limits: BatchLimits = plan.batch_limits(plan.max_len(config.max_len(), &spec));
-    Ok(Encoder::expected_bytes(backend, config, choice_of(config, plan), limits))
+    let choice = choice_of(config, &plan.weights(config)?, plan);
+    Ok(Encoder::expected_bytes(backend, config, choice, limits))
 }
 
 impl<B: Backend> Pooler for EncoderPooler<B> {

@@ -136,12 +136,13 @@ impl Plan<'_> {
     }
 
     /// The tensors of an encoder.
-    fn weights(&self, config: &EncoderConfig, json: &[u8]) -> Result<Weights, EngineError> {
+    fn weights(&self, config: &EncoderConfig) -> Result<Weights, EngineError> {
+        let json = weights::read_config(self.source, "config.json")?.unwrap_or_default();
         match self.engine.load_format {
-            LoadFormat::Auto => Weights::open(self.source, json),
+            LoadFormat::Auto => Weights::open(self.source, &json),
             LoadFormat::Dummy => {
                 let dtype = crate::model_executor::dtype(self.engine.dtype, config.dtype);
-                Ok(Weights::dummy(DUMMY_SEED, dtype, json))
+                Ok(Weights::dummy(DUMMY_SEED, dtype, &json))
             }
         }
     }

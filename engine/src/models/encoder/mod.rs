@@ -89,6 +89,24 @@ struct Buffers<B: Backend> {
     scores: B::Buffer,
 }
 
+/// What the names of a model's tensors begin with, those of its head left out.
+fn base_of(config: &EncoderConfig, weights: &Weights) -> &'static str {
+    let base = match config.family {
+        Family::Bert => "bert.",
+        Family::XlmRoberta => "roberta.",
+    };
+    // A model without a head is mostly saved without the prefix.
+    match config.head {
+        Head::None if !weights.contains(&format!("{base}{WORDS}")) => "",
+        Head::None | Head::Score => base,
+    }
+}
+
+/// What the files store the words' vectors as, where they have them as numbers.
+pub(crate) fn stored_dtype(config: &EncoderConfig, weights: &Weights) -> Option<DType> {
+    weights.dtype_of(&format!("{}{WORDS}", base_of(config, weights)))
+}
+
 impl<B: Backend> Encoder<B> {
     /// Packs all weights as `choice` says and allocates buffers for batches within `limits`.
     pub(crate) fn load(
@@ -98,15 +116,7 @@ impl<B: Backend> Encoder<B> {
         choice: WeightChoice,
         limits: BatchLimits,
     ) -> Result<Self, EngineError> {
-        let base = match config.family {
-            Family::Bert => "bert.",
-            Family::XlmRoberta => "roberta.",
-        };
-        // A model without a head is mostly saved without the prefix.
-        let base = match config.head {
-            Head::None if !weights.contains(&format!("{base}{WORDS}")) => "",
-            Head::None | Head::Score => base,
-        };
+        let base = base_of(&config, weights);
         let name = |part: &str| format!("{base}{part}");
         let hidden = config.hidden_size;
         let mut loader = Loader::new(backend, weights, choice);
