@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Builds what a machine with a card is to run, into benches/gpu/bin: the binary `quire`, and the tests of kernels and engine.
-# All of it is small enough to be carried: it fails where it is more than 60 MiB. Needs cargo here, and nothing there.
+# Builds what a machine with a card is to run, into one archive, benches/gpu/bin/binaries.tgz: the program, and the tests of
+# kernels and engine. It is small enough to be carried: more than 60 MiB fails. Needs cargo here, and nothing there.
 #
 #     build.sh [PROFILE]     release, or dev for a try of the script itself
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 profile=${1:-release}
-bin=benches/gpu/bin
+archive=benches/gpu/bin/binaries.tgz
+bin=$(mktemp -d)
+trap 'rm -rf "$bin"' EXIT
 max_kib=$((60 * 1024))
 
 options=(--profile "$profile" --message-format=json)
-rm -rf "$bin"
-mkdir -p "$bin/kernels" "$bin/engine"
+mkdir -p "$bin/kernels" "$bin/engine" "$(dirname "$archive")"
 
 # Of cargo's messages: the name and the file of what was built.
 built() {
@@ -34,8 +35,9 @@ for file in "$bin/quire" "${kernel_tests[@]/#/$bin/kernels/}" "${engine_tests[@]
     [ -x "$file" ] || { echo "error: $file was not built" >&2; exit 1; }
     if command -v strip > /dev/null; then strip "$file"; fi
 done
-kib=$(du -sk "$bin" | cut -f1)
-echo "$bin: $kib KiB"
+tar -C "$bin" -czf "$archive" .
+kib=$(du -sk "$archive" | cut -f1)
+echo "$archive: $kib KiB"
 if [ "$kib" -gt "$max_kib" ]; then
     echo "error: more than $max_kib KiB" >&2
     exit 1

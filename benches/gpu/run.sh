@@ -47,6 +47,15 @@ out=$(cd "$out" && pwd)
 bin=$(cd "$bin" 2>/dev/null && pwd) || { echo "error: no binaries: run build.sh where there is cargo" >&2; exit 2; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+if [ -f "$bin/binaries.tgz" ]; then
+    mkdir "$work/bin"
+    tar -C "$work/bin" -xzf "$bin/binaries.tgz" || exit 2
+    bin=$work/bin
+fi
+if [ -x "$bin/quire" ] && ! said=$("$bin/quire" --version 2>&1); then
+    echo "error: the program does not run here, was it built for an older system? $said" >&2
+    exit 2
+fi
 # Where tests keep device code too.
 modules=${TMPDIR:-/tmp}/quire-cuda
 model=$work/llama-3.1-8b

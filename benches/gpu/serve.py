@@ -43,9 +43,17 @@ def start(quire, model, settings, log):
         if server.poll() is not None:
             log.seek(0)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-            sys.exit(lines[-1] if lines else f"the server ended with {server.returncode}")
+            sys.exit(reason(lines[-1]) if lines else f"the server ended with {server.returncode}")
         time.sleep(0.005)
     return server, url, time.monotonic() - began
+
+
+def reason(line):
+    """What a line of the log says, which is JSON where nobody looks on."""
+    try:
+        return json.loads(line)["message"]
+    except (ValueError, KeyError, TypeError):
+        return line
 
 
 def stop(server):

@@ -26,13 +26,16 @@ enum {
     CONTEXT_IS_DESTROYED = 709,
 };
 
-enum Kind { MEMORY, PINNED, STREAM, EVENT, MODULE, GRAPH, GRAPH_EXEC, LINK, NUM_KINDS };
+enum Kind { MEMORY, PINNED, STREAM, EVENT, MODULE, FUNCTION, GRAPH, GRAPH_EXEC, LINK };
 
 struct Handle {
     enum Kind kind;
     void *value;
     size_t bytes;
     int payload;
+    // Of a function.
+    const void *module;
+    char name[64];
     struct Handle *next;
 };
 
@@ -116,7 +119,8 @@ long fake_count(const char *what) {
     pthread_mutex_lock(&lock);
     long count = 0;
     if (!strcmp(what, "living")) {
-        for (struct Handle *handle = fake.handles; handle; handle = handle->next) ++count;
+        // Functions are part of their modules.
+        for (struct Handle *handle = fake.handles; handle; handle = handle->next) count += handle->kind != FUNCTION;
         count += fake.context_references;
     } else if (!strcmp(what, "launches")) {
         count = fake.launches;
@@ -474,6 +478,11 @@ CUresult cuModuleLoadData(void **module, const void *image) {
 
 CUresult cuModuleUnload(void *module) {
     BEGIN(CONTEXT);
+    for (struct Handle *handle = fake.handles; handle;) {
+        struct Handle *next = handle->next;
+        if (handle->kind == FUNCTION && handle->module == module) give_back(FUNCTION, handle->value);
+        handle = next;
+    }
     return done(give_back(MODULE, module));
 }
 
@@ -481,26 +490,33 @@ CUresult cuModuleGetFunction(void **function, void *module, const char *name) {
     BEGIN(CONTEXT);
     if (!find(MODULE, module)) return done(INVALID_HANDLE);
     if (!strncmp(name, "no_", 3)) return done(NOT_FOUND);
-    *function = module;
+    struct Handle *found = fake.handles;
+    while (found && (found->kind != FUNCTION || found->module != module || strcmp(found->name, name))) found = found->next;
+    if (!found) {
+        found = add(FUNCTION, NULL, 0);
+        found->module = module;
+        snprintf(found->name, sizeof found->name, "%s", name);
+    }
+    *function = found->value;
     return done(SUCCESS);
 }
 
 CUresult cuFuncSetAttribute(void *function, int attribute, int value) {
     BEGIN(CONTEXT);
-    if (!find(MODULE, function)) return done(INVALID_HANDLE);
+    if (!find(FUNCTION, function)) return done(INVALID_HANDLE);
     // MAX_DYNAMIC_SHARED_SIZE_BYTES
     if (attribute != 8 || value < 0 || value > 227 << 10) return done(INVALID_VALUE);
-    find(MODULE, function)->payload = value;
+    find(FUNCTION, function)->payload = value;
     return done(SUCCESS);
 }
 
 CUresult cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                         void *stream, void **arguments, void **extra) {
     BEGIN(CONTEXT);
-    struct Handle *module = find(MODULE, function);
-    if (!module || !find(STREAM, stream) || extra) return done(INVALID_HANDLE);
+    struct Handle *of_module = find(FUNCTION, function);
+    if (!of_module || !find(STREAM, stream) || extra) return done(INVALID_HANDLE);
     if (!x || !y || !z || y > 65535 || z > 65535 || !block_x || block_x * block_y * block_z > 1024) return done(INVALID_VALUE);
-    if (shared_bytes > 48 << 10 && (int)shared_bytes > module->payload) return done(INVALID_VALUE);
+    if (shared_bytes > 48 << 10 && (int)shared_bytes > of_module->payload) return done(INVALID_VALUE);
     fake.last_grid = x;
     fake.last_shared_bytes = shared_bytes;
     if (arguments && arguments[0]) memcpy(&fake.last_first_argument, arguments[0], sizeof fake.last_first_argument);
