@@ -230,8 +230,10 @@ impl Grammars {
         }
         let shared = Arc::clone(&self.shared);
         let (reply, answer) = oneshot::channel();
+        let of = source.at_fault();
+        let at_fault = of.clone();
         let job = move || {
-            let compiled = compile(&vocabulary, source);
+            let compiled = compile(&vocabulary, source).map_err(|error| error.about(at_fault));
             // Kept though nobody may wait for it any more: it was paid for.
             shared.cache().put(key, compiled.clone(), 64 * (text.len() + 1024), shared.limits.cache_bytes);
             drop(permit);
@@ -245,7 +247,7 @@ impl Grammars {
         match tokio::time::timeout(limit, answer).await {
             Ok(Ok(compiled)) => compiled.map_err(refused),
             Ok(Err(_)) => Err(internal()),
-            Err(_) => Err(refused(GrammarError::TooComplex { budget: "compile_timeout_ms" })),
+            Err(_) => Err(refused(GrammarError::TooComplex { budget: "compile_timeout_ms", of })),
         }
     }
 }
@@ -261,7 +263,7 @@ fn compile(vocabulary: &Vocabulary, source: GrammarSource) -> Compiled {
         Ok(_) => Ok(Arc::new(CompiledGrammar::new(matcher, Arc::clone(vocabulary.eos_token_ids())))),
         Err(_) => Err(match matcher.stop_reason() {
             StopReason::LexerTooComplex | StopReason::ParserTooComplex => {
-                GrammarError::TooComplex { budget: "step_fuel" }
+                GrammarError::TooComplex { budget: "step_fuel", of: String::new() }
             }
             _ => GrammarError::Invalid { why: "allows nothing that the model's tokens can spell".to_owned() },
         }),
@@ -302,12 +304,21 @@ impl GrammarError {
         ApiError::InvalidRequest { param: Some(param.to_owned()), message: format!("`{param}`: {self}") }
     }
 
+    /// The same, with what it can be about where it names no keyword itself.
+    fn about(self, of: String) -> Self {
+        match self {
+            Self::TooComplex { budget, .. } => Self::TooComplex { budget, of },
+            Self::Invalid { why } if !why.contains('`') => Self::Invalid { why: why + &of },
+            named => named,
+        }
+    }
+
     /// What the compiler says, in words that repeat nothing of the grammar but the names of keywords.
     fn of_compiler(why: &str) -> Self {
         let lower = why.to_lowercase();
         let has = |words: &[&str]| words.iter().any(|word| lower.contains(word));
         if has(&["fuel", "too complex", "too large", "limit", "too many", "too big", "size exceeded"]) {
-            return Self::TooComplex { budget: "compile_fuel" };
+            return Self::TooComplex { budget: "compile_fuel", of: String::new() };
         }
         let unsupported = |keyword: &str, why: &'static str| Self::Unsupported { keyword: keyword.to_owned(), why };
         if has(&["unimplemented keys", "not supported", "only supported", "unknown format"]) || lower.contains("$ref") {
@@ -329,7 +340,7 @@ impl GrammarError {
             return Self::Invalid { why: "allows nothing: no output could satisfy it".to_owned() };
         }
         if has(&["regex", "pattern"]) {
-            return Self::Invalid { why: "holds a regular expression that cannot be compiled (`pattern`)".to_owned() };
+            return Self::Invalid { why: "holds a regular expression that cannot be compiled".to_owned() };
         }
         Self::Invalid { why: "cannot be compiled: it is not well formed".to_owned() }
     }

@@ -27,8 +27,8 @@ pub enum GrammarError {
     #[error("{what} may be at most {limit}")]
     TooLarge { what: &'static str, limit: u64 },
     /// Compiling it, or following it, takes more than its budget.
-    #[error("is too complex to be enforced within `limits.grammar.{budget}`")]
-    TooComplex { budget: &'static str },
+    #[error("is too complex to be enforced within `limits.grammar.{budget}`{of}")]
+    TooComplex { budget: &'static str, of: String },
     /// It asks for something that cannot be enforced.
     #[error("uses `{keyword}`, which cannot be enforced{why}")]
     Unsupported { keyword: String, why: &'static str },

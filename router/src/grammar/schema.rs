@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::rewrite::rewrite;
+use super::rewrite::{for_each_schema, rewrite, why_nothing};
 use super::source::check_regex;
 use super::{GrammarError, GrammarLimits};
 
@@ -14,7 +14,63 @@ pub(super) fn parse_schema(text: &str, limits: &GrammarLimits) -> Result<Value, 
     let schema: Value =
         serde_json::from_str(text).map_err(|_| GrammarError::Invalid { why: "is not JSON".to_owned() })?;
     check_schema(&schema, limits)?;
+    if let Some(keyword) = why_nothing(&schema) {
+        return Err(GrammarError::Invalid {
+            why: format!("allows nothing: `{keyword}` leaves no value that could be right"),
+        });
+    }
     Ok(rewrite(schema))
+}
+
+/// Most keywords that one refusal names.
+const MAX_NAMED: usize = 6;
+/// Keywords that can make a schema costly to enforce, the costliest first; and those that can make one that nothing satisfies.
+const COSTLY: [&str; 16] = [
+    "multipleOf",
+    "pattern",
+    "patternProperties",
+    "maxLength",
+    "minLength",
+    "maxItems",
+    "minItems",
+    "maxProperties",
+    "minProperties",
+    "format",
+    "oneOf",
+    "anyOf",
+    "allOf",
+    "enum",
+    "properties",
+    "$ref",
+];
+const LIMITING: [&str; 11] = [
+    "not",
+    "type",
+    "const",
+    "required",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "additionalProperties",
+    "items",
+    "prefixItems",
+];
+
+/// The keywords that a refusal is about where the compiler names none: those of the schema that can be at fault, in words to be
+/// put behind it.
+pub(super) fn at_fault(schema: &Value) -> String {
+    let mut used = std::collections::BTreeSet::new();
+    let known = || COSTLY.into_iter().chain(LIMITING);
+    for_each_schema(&mut schema.clone(), &mut |fields| {
+        used.extend(known().filter(|keyword| fields.contains_key(*keyword)));
+    });
+    let names: Vec<String> = known()
+        .filter(|keyword| used.contains(keyword))
+        .take(MAX_NAMED)
+        .map(|keyword| format!("`{keyword}`"))
+        .collect();
+    if names.is_empty() { String::new() } else { format!(" (look at {})", names.join(", ")) }
 }
 
 /// Fails where a schema is too large, or holds options that are not the caller's.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::gbnf;
 use super::rewrite::rewrite;
-use super::schema::{check_schema, parse_schema};
+use super::schema::{at_fault, check_schema, parse_schema};
 use super::{GrammarError, GrammarLimits, OutputFormat, StructuralTag};
 
 /// What a grammar is compiled from. Equal sources give equal grammars.
@@ -99,6 +99,14 @@ impl GrammarSource {
             Self::JsonSchema(schema) => GrammarWithLexer::from_json_schema(with_options(schema)),
             Self::Lark(text) => GrammarWithLexer::from_lark(text),
         })
+    }
+
+    /// What a refusal that names nothing of the grammar can be about, in words to be put behind it.
+    pub(super) fn at_fault(&self) -> String {
+        match self {
+            Self::JsonSchema(schema) => at_fault(schema),
+            Self::Lark(_) => String::new(),
+        }
     }
 
     /// What equal grammars have in common.

@@ -1,7 +1,15 @@
 //! Keywords of JSON schema that the compiler does not know, said by keywords that it knows. Every rewriting here means exactly
 //! what was written; what has no such form stays as it is, and is refused by its name.
 
+mod arrays;
+mod dynamic;
+mod negate;
+
 use serde_json::{Map, Value, json};
+
+use arrays::{contains, unique};
+use dynamic::dynamic_references;
+use negate::negate;
 
 type Fields = Map<String, Value>;
 
@@ -24,31 +32,99 @@ const SCHEMAS: [&str; 11] = [
 /// Keywords whose value is a list of schemas, and those whose value maps names to schemas.
 const LISTS: [&str; 4] = ["allOf", "anyOf", "oneOf", "prefixItems"];
 const MAPS: [&str; 5] = ["properties", "patternProperties", "$defs", "definitions", "dependentSchemas"];
+/// Keywords whose value is a count.
+const COUNTS: [&str; 8] =
+    ["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains"];
 /// Keywords that decide which properties and items count as evaluated, beside those that name them.
 const APPLICATORS: [&str; 8] =
     ["$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies"];
 
 /// The same schema in fewer kinds of keywords. Recurses as deep as the schema nests, which is bounded before.
-pub(super) fn rewrite(schema: Value) -> Value {
-    let Value::Object(mut fields) = schema else { return schema };
+pub(super) fn rewrite(mut schema: Value) -> Value {
+    dynamic_references(&mut schema);
+    rewrite_one(schema)
+}
+
+/// Looks at a schema and at all that it is made of, which nests no deeper than is bounded before.
+pub(super) fn for_each_schema(schema: &mut Value, each: &mut impl FnMut(&mut Fields)) {
+    let Value::Object(fields) = schema else { return };
+    each(fields);
     for keyword in SCHEMAS {
         if let Some(inner) = fields.get_mut(keyword) {
-            *inner = rewrite(inner.take());
+            for_each_schema(inner, each);
         }
     }
     for keyword in LISTS {
         if let Some(Value::Array(items)) = fields.get_mut(keyword) {
-            items.iter_mut().for_each(|item| *item = rewrite(item.take()));
+            items.iter_mut().for_each(|item| for_each_schema(item, each));
         }
     }
     for keyword in MAPS {
         if let Some(Value::Object(of_names)) = fields.get_mut(keyword) {
-            of_names.values_mut().for_each(|item| *item = rewrite(item.take()));
+            of_names.values_mut().for_each(|item| for_each_schema(item, each));
         }
     }
+}
+
+/// Whether no value can be right, as far as shows at once; and the keyword that says so.
+pub(super) fn why_nothing(schema: &Value) -> Option<&'static str> {
+    let fields = match schema {
+        Value::Bool(allows) => return (!allows).then_some("false"),
+        Value::Object(fields) => fields,
+        _ => return None,
+    };
+    let list = |keyword: &str| fields.get(keyword).and_then(Value::as_array);
+    if list("enum").is_some_and(Vec::is_empty) {
+        return Some("enum");
+    }
+    if fields.get("not").is_some_and(is_anything) {
+        return Some("not");
+    }
+    if list("allOf").is_some_and(|items| items.iter().any(is_nothing)) {
+        return Some("allOf");
+    }
+    ["anyOf", "oneOf"].into_iter().find(|keyword| list(keyword).is_some_and(|items| items.iter().all(is_nothing)))
+}
+
+fn is_nothing(schema: &Value) -> bool {
+    why_nothing(schema).is_some()
+}
+
+/// Counts written with a point are counts.
+fn counts(fields: &mut Fields) {
+    for keyword in COUNTS {
+        if let Some(count) = fields.get_mut(keyword)
+            && !count.is_u64()
+            && let Some(number) = count.as_f64()
+            && number.fract() == 0.0
+            && (0.0..=f64::from(u32::MAX)).contains(&number)
+        {
+            *count = (number as u64).into();
+        }
+    }
+}
+
+fn rewrite_one(schema: Value) -> Value {
+    let Value::Object(mut fields) = schema else { return schema };
+    for keyword in SCHEMAS {
+        if let Some(inner) = fields.get_mut(keyword) {
+            *inner = rewrite_one(inner.take());
+        }
+    }
+    for keyword in LISTS {
+        if let Some(Value::Array(items)) = fields.get_mut(keyword) {
+            items.iter_mut().for_each(|item| *item = rewrite_one(item.take()));
+        }
+    }
+    for keyword in MAPS {
+        if let Some(Value::Object(of_names)) = fields.get_mut(keyword) {
+            of_names.values_mut().for_each(|item| *item = rewrite_one(item.take()));
+        }
+    }
+    counts(&mut fields);
     unevaluated(&mut fields);
-    contains(&mut fields);
     let mut also = Vec::new();
+    contains(&mut fields, &mut also);
     conditional(&mut fields, &mut also);
     dependencies(&mut fields, &mut also);
     property_names(&mut fields, &mut also);
@@ -56,11 +132,7 @@ pub(super) fn rewrite(schema: Value) -> Value {
         fields.remove("not");
         also.push(negated);
     }
-    if fields.get("uniqueItems") == Some(&Value::Bool(false))
-        || fields.get("maxItems").and_then(Value::as_u64).is_some_and(|count| count <= 1)
-    {
-        fields.remove("uniqueItems");
-    }
+    unique(&mut fields);
     if !also.is_empty() {
         match fields.get_mut("allOf") {
             Some(Value::Array(items)) => items.extend(also),
@@ -87,35 +159,6 @@ fn unevaluated(fields: &mut Fields) {
             fields.remove(keyword);
         } else if plain && let Some(schema) = fields.remove(keyword) {
             fields.insert(named.to_owned(), schema);
-        }
-    }
-}
-
-fn contains(fields: &mut Fields) {
-    let Some(schema) = fields.get("contains") else {
-        fields.remove("minContains");
-        fields.remove("maxContains");
-        return;
-    };
-    let least = fields.get("minContains").map_or(Some(1), Value::as_u64);
-    let most = fields.get("maxContains");
-    if least == Some(0) && most.is_none() {
-        fields.remove("contains");
-        fields.remove("minContains");
-    } else if is_anything(schema)
-        && let Some(least) = least
-        && most.is_none_or(Value::is_u64)
-    {
-        // Every item is one of those that are counted.
-        let most = most.and_then(Value::as_u64);
-        fields.remove("contains");
-        fields.remove("minContains");
-        fields.remove("maxContains");
-        let at_least = fields.get("minItems").and_then(Value::as_u64).map_or(least, |count| count.max(least));
-        fields.insert("minItems".to_owned(), at_least.into());
-        if let Some(most) = most {
-            let at_most = fields.get("maxItems").and_then(Value::as_u64).map_or(most, |count| count.min(most));
-            fields.insert("maxItems".to_owned(), at_most.into());
         }
     }
 }
@@ -187,72 +230,6 @@ fn property_names(fields: &mut Fields, also: &mut Vec<Value>) {
     also.extend(rewritten);
 }
 
-/// A schema that allows exactly what this one does not, where there is one of a few keywords.
-fn negate(schema: &Value) -> Option<Value> {
-    let fields = match schema {
-        Value::Bool(allows) => return Some(Value::Bool(!allows)),
-        Value::Object(fields) => fields,
-        _ => return None,
-    };
-    // All keywords must hold, so it is enough that one does not.
-    let mut alternatives = Vec::new();
-    for (keyword, value) in fields {
-        alternatives.push(negate_keyword(keyword, value)?);
-    }
-    Some(match alternatives.len() {
-        0 => Value::Bool(false),
-        1 => alternatives.remove(0),
-        _ => json!({"anyOf": alternatives}),
-    })
-}
-
-fn negate_keyword(keyword: &str, value: &Value) -> Option<Value> {
-    let one_more = |count: &Value| count.as_u64().and_then(|count| count.checked_add(1));
-    let one_less = |count: &Value| count.as_u64().map(|count| count.checked_sub(1));
-    // What is of another type is allowed by the keyword, and so is not by its negation.
-    let fewer = |kind: &str, most: &str, count: Option<u64>| match count {
-        Some(count) => json!({"type": kind, most: count}),
-        None => Value::Bool(false),
-    };
-    Some(match keyword {
-        "type" => {
-            let named: Vec<&str> = match value {
-                Value::String(name) => vec![name],
-                Value::Array(names) => names.iter().map(Value::as_str).collect::<Option<_>>()?,
-                _ => return None,
-            };
-            if named.contains(&"integer") && !named.contains(&"number") {
-                return None;
-            }
-            let others: Vec<&str> = TYPES.into_iter().filter(|name| !named.contains(name)).collect();
-            if others.is_empty() { Value::Bool(false) } else { json!({"type": others}) }
-        }
-        "required" => {
-            let absent = |name: &Value| Some(json!({"type": "object", "properties": {name.as_str()?: false}}));
-            json!({"anyOf": value.as_array()?.iter().map(absent).collect::<Option<Vec<_>>>()?})
-        }
-        "properties" => {
-            let differs = |(name, schema): (&String, &Value)| {
-                Some(json!({"type": "object", "required": [name], "properties": {name: negate(schema)?}}))
-            };
-            json!({"anyOf": value.as_object()?.iter().map(differs).collect::<Option<Vec<_>>>()?})
-        }
-        "anyOf" => json!({"allOf": value.as_array()?.iter().map(negate).collect::<Option<Vec<_>>>()?}),
-        "allOf" => json!({"anyOf": value.as_array()?.iter().map(negate).collect::<Option<Vec<_>>>()?}),
-        "not" => value.clone(),
-        "minimum" => json!({"type": "number", "exclusiveMaximum": value}),
-        "maximum" => json!({"type": "number", "exclusiveMinimum": value}),
-        "exclusiveMinimum" => json!({"type": "number", "maximum": value}),
-        "exclusiveMaximum" => json!({"type": "number", "minimum": value}),
-        "maxLength" => json!({"type": "string", "minLength": one_more(value)?}),
-        "maxItems" => json!({"type": "array", "minItems": one_more(value)?}),
-        "minLength" => fewer("string", "maxLength", one_less(value)?),
-        "minItems" => fewer("array", "maxItems", one_less(value)?),
-        "$comment" | "title" | "description" | "default" | "examples" => Value::Bool(false),
-        _ => return None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,6 +288,29 @@ mod tests {
         check(json!({"not": {"minLength": 1}}), json!({"allOf": [{"type": "string", "maxLength": 0}]}));
         check(json!({"not": {"minLength": 0}}), json!({"allOf": [false]}));
         check(json!({"uniqueItems": false}), json!({}));
+        check(json!({"minLength": 2.0, "maxItems": 1.5}), json!({"minLength": 2, "maxItems": 1.5}));
+        let no_array = json!({"type": ["null", "boolean", "object", "number", "string"]});
+        check(json!({"contains": false}), json!({"allOf": [no_array]}));
+        check(json!({"contains": {"const": 1}, "minContains": 3, "maxContains": 2}), json!({"allOf": [no_array]}));
+        check(json!({"contains": {"enum": []}, "minContains": 0, "maxContains": 0}), json!({}));
+        check(
+            json!({"type": "array", "contains": {"const": 1}, "maxItems": 2}),
+            json!({"type": "array", "maxItems": 2, "allOf": [{"anyOf": [
+                {"prefixItems": [{"const": 1}], "minItems": 1}, {"prefixItems": [true, {"const": 1}], "minItems": 2}
+            ]}]}),
+        );
+        check(
+            json!({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": true, "minItems": 1}),
+            json!({"enum": [["a"], ["b"], ["a", "b"], ["b", "a"]]}),
+        );
+        check(
+            json!({"prefixItems": [{"type": "boolean"}], "items": false, "uniqueItems": true}),
+            json!({"anyOf": [no_array, {"enum": [[], [false], [true]]}]}),
+        );
+        check(
+            json!({"$dynamicAnchor": "node", "properties": {"next": {"$dynamicRef": "#node"}}}),
+            json!({"$anchor": "node", "properties": {"next": {"$ref": "#node"}}}),
+        );
     }
 
     #[test]
@@ -322,6 +322,12 @@ mod tests {
             json!({"if": {"pattern": "a"}, "then": {"minLength": 2}}),
             json!({"contains": {"type": "integer"}}),
             json!({"uniqueItems": true}),
+            json!({"items": {"enum": [1, 1.0]}, "uniqueItems": true}),
+            json!({"items": {"enum": ["a", "b", "c", "d", "e", "f", "g"]}, "uniqueItems": true}),
+            json!({"items": {"type": "string"}, "uniqueItems": true}),
+            json!({"contains": {"type": "integer"}, "minContains": 2, "maxItems": 3}),
+            json!({"$dynamicAnchor": "a", "$defs": {"b": {"$id": "x", "$dynamicAnchor": "a"}}, "$dynamicRef": "#a"}),
+            json!({"$dynamicAnchor": "a", "$dynamicRef": "other#a"}),
             json!({"propertyNames": {"maxLength": 3}}),
             json!({"dependentRequired": {"a": 1}}),
             json!({"enum": [{"not": {}}], "const": {"if": 1}, "default": {"then": 1}}),
