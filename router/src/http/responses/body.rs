@@ -101,9 +101,10 @@ impl Body for ResponsesBody {
         let Some(raw) = fields.raw("input") else { return Err(invalid("input", "is needed")) };
         input.messages = items(raw, limits, &mut ignored)?;
         // Labels without an effect, in OpenAI's API too, and a limit on calls of tools that the server would run itself.
-        for label in ["user", "safety_identifier", "prompt_cache_key", "max_tool_calls"] {
-            let _ = fields.raw(label);
+        for label in ["user", "safety_identifier", "prompt_cache_key"] {
+            fields.string(label)?;
         }
+        fields.count("max_tool_calls")?;
         let stream = fields.bool("stream")?.unwrap_or(false);
         if let Some(raw) = fields.raw("stream_options") {
             let _ = Fields::of_value(raw, "stream_options")?.raw("include_obfuscation");
