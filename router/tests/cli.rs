@@ -123,3 +123,20 @@ fn a_model_that_is_not_there_is_named() {
         assert!(message.contains(model), "{message}");
     }
 }
+
+#[test]
+fn models_need_names_of_their_own() {
+    refused(&["serve", "--model", "./x"], &[], &["model.named", "NAME=PATH"]);
+    let ports = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+    for (args, part) in [
+        (&["--model", "a=demo", "--model", "a=demo"][..], "two models are named a"),
+        (&["--model", "a=demo", "--model", "b=/no/such/directory"], "/no/such/directory"),
+        (&["--model", "a=demo", "--model", "b=demo", "--device", "cuda"], "--device cpu"),
+        (&["--model", "a=demo", "--model", "b=demo", "--kv-cache-memory", "100TiB"], "the models do not fit"),
+    ] {
+        let output = run(&[&["serve"][..], args, &ports].concat(), &[]);
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.contains(part), "{part} is not in: {message}");
+    }
+}

@@ -440,3 +440,29 @@ fn connections_are_bounded_and_silent_ones_end() {
         assert!([0, 431].contains(&answer.status), "{answer:?}");
     }
 }
+
+const EMBEDDER: &str = concat!("embed=", env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/embedders/bert-mean");
+
+#[test]
+fn one_process_serves_several_models() {
+    let mut server = Server::start(&["--model", "chat=demo", "--model", EMBEDDER]);
+    assert_eq!(server.get("/health/ready").status, 200);
+    let models = server.get("/v1/models").body;
+    assert!(models.contains(r#""id":"chat""#) && models.contains(r#""id":"embed""#), "{models}");
+    let answer = server.post("/v1/embeddings", r#"{"model": "embed", "input": "seven pages"}"#);
+    assert!(answer.status == 200 && answer.body.contains(r#""embedding":["#), "{}", answer.body);
+    let answer = server.post("/v1/completions", r#"{"model": "chat", "prompt": "Once", "max_tokens": 4}"#);
+    assert!(answer.status == 200 && answer.body.contains(r#""model":"chat""#), "{}", answer.body);
+    assert_eq!(server.post("/v1/completions", r#"{"model": "quire-demo", "prompt": "Once"}"#).status, 404);
+    let metrics = server.get("/metrics").body;
+    for series in [
+        r#"vllm:num_requests_running{model_name="chat",engine="0"} 0"#,
+        r#"vllm:num_requests_running{model_name="embed",engine="1"} 0"#,
+        r#"quire_requests_total{endpoint="embeddings",outcome="finished"} 1"#,
+        "quire_requests_running 0",
+    ] {
+        assert!(metrics.contains(series), "{series} is not in: {metrics}");
+    }
+    server.signal("TERM");
+    assert!(server.wait().0.success());
+}

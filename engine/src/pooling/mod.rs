@@ -18,7 +18,7 @@ pub use spec::{Pooling, PoolingInfo, PoolingTask};
 
 use quire_kernels::Backend;
 
-use crate::config::{EngineConfig, LoadFormat, SchedulerSettings};
+use crate::config::{DeviceChoice, EngineConfig, LoadFormat, SchedulerSettings};
 use crate::error::EngineError;
 use crate::executor::{self, Device};
 use crate::handle::ModelInfo;
@@ -77,18 +77,16 @@ pub fn start(
     observer: Box<dyn StepObserver>,
     reserved_bytes: u64,
 ) -> Result<PoolingHandle, EngineError> {
+    if matches!(engine.device, DeviceChoice::Cuda(_)) && encoder_config(source)?.is_some() {
+        return Err(EngineError::Config {
+            field: "engine.device".to_owned(),
+            why: "encoders have no device code yet: they are served with --device cpu".to_owned(),
+        });
+    }
     let (device, note) = executor::open_device(engine)?;
     match device {
         Device::Cpu(backend) => start_on(*backend, source, engine, settings, observer, note, reserved_bytes),
-        Device::Cuda(backend) => {
-            if encoder_config(source)?.is_some() {
-                return Err(EngineError::Config {
-                    field: "engine.device".to_owned(),
-                    why: "encoders have no device code yet: they are served with --device cpu".to_owned(),
-                });
-            }
-            start_on(*backend, source, engine, settings, observer, note, reserved_bytes)
-        }
+        Device::Cuda(backend) => start_on(*backend, source, engine, settings, observer, note, reserved_bytes),
     }
 }
 
