@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs on a machine with a card what build.sh made, without cargo and without a network: correctness first, then figures.
 #
-#     run.sh [--out FOLDER] [--bin FOLDER] [--limit SECONDS] [PART ...]
+#     run.sh [--out FOLDER] [--archive FILE.tgz] [--bin FOLDER] [--limit SECONDS] [PART ...]
 #
-# All parts, or those that are named, in the order below; --limit is for each of them instead of its own.
+# All parts, or those that are named, in the order below; --limit is for each of them instead of its own. The archive holds all of
+# the folder as it is behind each part, for machines that give few files back.
 #
 # Each part has a time limit of its own and writes its JSON at once, so that whatever ends the run leaves what was done until
 # then. table.py makes a table of the folder. Where there is no driver every part says so in one line.
@@ -32,12 +33,14 @@ root=$(cd "$here/../.." && pwd)
 out=${OUT:-$here/out}
 bin=$here/bin
 limit=
+archive=
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=$2; shift 2 ;;
         --bin) bin=$2; shift 2 ;;
         --limit) limit=$2; shift 2 ;;
-        --help | -h) sed -n '2,11s/^# \{0,1\}//p' "$0"; echo "$parts"; exit 0 ;;
+        --archive) archive=$2; shift 2 ;;
+        --help | -h) sed -n '2,12s/^# \{0,1\}//p' "$0"; echo "$parts"; exit 0 ;;
         -*) echo "error: unknown option $1" >&2; exit 2 ;;
         *) break ;;
     esac
@@ -198,5 +201,9 @@ done
 for name in $names; do
     if [[ " $* " == *" $name "* ]]; then
         "part_$name" "${limit:-$(awk -v name="$name" '$1 == name { print $2 }' <<< "$parts")}"
+        if [ -n "$archive" ]; then
+            # Moved to its place when it is whole.
+            tar -C "$out" -czf "$work/archive" . && mv "$work/archive" "$archive"
+        fi
     fi
 done

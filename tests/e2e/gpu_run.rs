@@ -118,8 +118,17 @@ fn figures_are_kept_and_parts_without_any_say_why() {
             *) echo 'a table'; echo '{"rows": []}' > "$file" ;;
         esac"#,
     );
-    let output = run.start(&["--limit", "2", "large", "attention", "skinny", "kernels", "modules"]);
+    let archive = run.folder.path().join("all.tgz");
+    let archived = ["--archive", archive.to_str().unwrap()];
+    let parts = ["--limit", "2", "large", "attention", "skinny", "kernels", "modules"];
+    let output = run.start(&[&archived[..], &parts].concat());
     assert!(output.status.success(), "{output:?}");
+    let listed = Command::new("tar").arg("-tzf").arg(&archive).output().unwrap();
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert!(
+        ["large", "attention", "skinny", "kernels", "modules"].iter().all(|part| listed.contains(part)),
+        "{listed}"
+    );
     assert_eq!(run.part("attention")["rows"], Value::Array(Vec::new()));
     assert_eq!(run.part("skinny")["skipped"], "error: cuda: it broke");
     assert_eq!(run.part("large")["skipped"], "not done in 2 s");
