@@ -8,7 +8,7 @@ program=${1:-target/debug/quire}
 environment=target/clients
 # Of one client, and of the whole script.
 client_seconds=30
-all_seconds=105
+all_seconds=220
 
 skip() { echo "clients: skipped: $1"; exit 0; }
 command -v python3 > /dev/null || skip "there is no python3"
