@@ -68,6 +68,8 @@ impl Job {
 
 pub(super) struct Inbox {
     pub jobs: VecDeque<Job>,
+    /// Of all jobs here.
+    pub waiting_tokens: u64,
     pub shutdown: bool,
     pub is_open: bool,
 }
@@ -78,6 +80,7 @@ pub(super) struct Shared {
     pub pooling: PoolingInfo,
     /// Most tokens that wait, in the inbox and with the thread.
     pub max_waiting_tokens: u64,
+    /// Taken before `state` where both are.
     pub inbox: Mutex<Inbox>,
     pub wake: Condvar,
     pub clock: StepClock,
@@ -99,7 +102,7 @@ impl Shared {
             model,
             pooling,
             max_waiting_tokens,
-            inbox: Mutex::new(Inbox { jobs: VecDeque::new(), shutdown: false, is_open: true }),
+            inbox: Mutex::new(Inbox { jobs: VecDeque::new(), waiting_tokens: 0, shutdown: false, is_open: true }),
             wake: Condvar::new(),
             clock: StepClock::new(),
             state: Mutex::default(),
@@ -108,20 +111,21 @@ impl Shared {
 
     fn enqueue(&self, job: Job) -> Result<(), PoolingError> {
         let added = job.num_waiting_tokens();
-        let (with_thread, pace) = {
-            let state = lock(&self.state);
-            (state.stats.waiting_tokens, state.pace)
-        };
         let mut inbox = lock(&self.inbox);
         if !inbox.is_open {
             return Err(PoolingError::Stopped);
         }
-        let waiting = with_thread + inbox.jobs.iter().map(Job::num_waiting_tokens).sum::<u64>();
+        let (with_thread, pace) = {
+            let state = lock(&self.state);
+            (state.stats.waiting_tokens, state.pace)
+        };
+        let waiting = with_thread + inbox.waiting_tokens;
         // One that is larger than the whole queue is taken where nothing waits.
         if waiting > 0 && (waiting + added > self.max_waiting_tokens || inbox.jobs.len() >= MAX_WAITING_JOBS) {
             return Err(PoolingError::QueueFull { retry_after_micros: retry_after(waiting, pace) });
         }
         inbox.jobs.push_back(job);
+        inbox.waiting_tokens += added;
         drop(inbox);
         self.wake.notify_one();
         Ok(())
@@ -138,7 +142,12 @@ impl Shared {
         while idle && inbox.jobs.is_empty() && !inbox.shutdown {
             inbox = self.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner);
         }
-        (!inbox.shutdown).then(|| std::mem::take(&mut inbox.jobs))
+        if inbox.shutdown {
+            return None;
+        }
+        // Before the inbox is let go of, so that no caller finds these tokens in neither place.
+        lock(&self.state).stats.waiting_tokens += std::mem::take(&mut inbox.waiting_tokens);
+        Some(std::mem::take(&mut inbox.jobs))
     }
 
     /// The thread ends; whoever waits is told by its channel, which goes with the job.
@@ -250,7 +259,33 @@ impl PoolingHandle {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+    use crate::pooling::PoolingTask;
+    use crate::testing::fake_model;
+
+    #[test]
+    fn texts_that_the_thread_took_still_wait() {
+        let pooling = PoolingInfo {
+            task: PoolingTask::Embed,
+            num_dimensions: 4,
+            is_normalized: true,
+            prompts: BTreeMap::new(),
+            default_prompt: None,
+        };
+        let shared = Shared::new(fake_model(100), pooling, 10);
+        let job = |len| {
+            let inputs = vec![PoolingInput { token_ids: vec![1; len], second_from: None }];
+            Job { inputs, results: Vec::new(), num_taken: 0, deadline: None, reply: oneshot::channel().0 }
+        };
+        shared.enqueue(job(4)).expect("room for 10");
+        shared.enqueue(job(4)).expect("room for 6");
+        assert!(matches!(shared.enqueue(job(4)), Err(PoolingError::QueueFull { .. })));
+        assert_eq!(shared.take(true).map(|jobs| jobs.len()), Some(2));
+        assert!(matches!(shared.enqueue(job(4)), Err(PoolingError::QueueFull { .. })), "they are not computed yet");
+        shared.enqueue(job(2)).expect("room for 2");
+    }
 
     #[test]
     fn who_is_refused_is_told_by_the_pace() {

@@ -10,7 +10,7 @@
 //! that is the panel's, and zero for the code 0. So unpacking is one `and`, and the power of two is made up for once in
 //! each finished sum. The least of these bf16 is 2^-126; activations are multiplied by 2^64, so that products stay far from
 //! both ends of f32. Scaling by powers of two rounds nothing: sums have the bits that plain weights give. (An activation
-//! beyond 2^64 overflows, and its row is not finite.)
+//! beyond 2^64 overflows, and so does its product with an exception; the row is then not finite.)
 //!
 //! Four of the 16 bits are not used. A step is two features of 64 lanes, as with plain weights: four vectors of 32 numbers become
 //! three lines `A`, `B`, `C` of 16-bit words, whose bits 11 to 14 together are the fourth vector's: bits 0 to 3 in `A`, 4 to
