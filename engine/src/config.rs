@@ -164,6 +164,10 @@ pub struct SchedulerSettings {
     pub block_size: u32,
     /// Reuse the KV blocks of equal prefixes, within a tenant.
     pub prefix_cache: bool,
+    /// Let gateways subscribe to what the prefix cache holds (`SubscribeKvEvents` over gRPC), so that they send requests where
+    /// their prefixes are. Whoever may call can then read the tokens of everybody's prompts: only where all callers are
+    /// gateways that see them anyway.
+    pub kv_events: bool,
     /// Most prompt tokens that may wait; past it callers get 429. 0 is 16 times `max_model_len`.
     pub max_waiting_tokens: u64,
     /// Longest predicted wait in seconds; past it callers get 429. 0 is no bound.
@@ -180,6 +184,7 @@ impl Default for SchedulerSettings {
             max_model_len: 0,
             block_size: 16,
             prefix_cache: true,
+            kv_events: false,
             max_waiting_tokens: 0,
             max_waiting_seconds: 60,
             policy: PolicyChoice::Priority,

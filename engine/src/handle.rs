@@ -5,12 +5,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use quire_scheduler::{
-    AdapterId, CacheSalt, FinishReason, RequestId, SamplingParams, SchedulerStats, TenantId, TokenLogprobs,
+    AdapterId, CacheSalt, FinishReason, FlushReport, KvGroupKind, RequestId, SamplingParams, SchedulerConfig,
+    SchedulerStats, TenantId, TokenLogprobs,
 };
 use tokio::sync::{mpsc, oneshot};
 
 use crate::constraint::Grammar;
 use crate::error::SubmitError;
+use crate::kv_events::{AllBlocks, KvEventHub, KvEventStream, SubscribeError};
 use crate::sampler;
 use crate::step_clock::StepClock;
 
@@ -18,6 +20,8 @@ use crate::step_clock::StepClock;
 pub const MAX_LOGPROBS: u32 = 128;
 /// Most submissions that wait for the next step boundary; with several tenants at most twice as many, see [`has_room`].
 const MAX_QUEUED_SUBMISSIONS: usize = 1024;
+/// Most questions to drop cached blocks that wait for it.
+const MAX_QUEUED_FLUSHES: usize = 64;
 
 /// What a caller asks the engine for; the engine gives it an id. Fields as in [`quire_scheduler::Request`].
 #[derive(Clone, Debug)]
@@ -107,6 +111,8 @@ pub struct ModelInfo {
     pub max_num_batched_tokens: u32,
     /// Whether blocks of equal prefixes are reused.
     pub prefix_cache: bool,
+    /// Whether what the prefix cache holds can be subscribed to.
+    pub kv_events: bool,
 }
 
 /// Where a device's own memory went, in bytes.
@@ -220,6 +226,19 @@ impl EngineHandle {
         self.shared().abort(id);
     }
 
+    /// Lets go of all cached blocks that no sequence holds, at the next step boundary.
+    pub async fn flush_cache(&self) -> Result<FlushReport, SubmitError> {
+        let (reply, answer) = oneshot::channel();
+        self.shared().ask_for_flush(reply)?;
+        answer.await.map_err(|_| SubmitError::Stopped)
+    }
+
+    /// What happens to the blocks that can be hit: from batch `start` on where that is still there, from a snapshot of now
+    /// on otherwise.
+    pub async fn subscribe_kv_events(&self, start: u64) -> Result<KvEventStream, SubscribeError> {
+        KvEventStream::subscribe(self.shared(), start).await
+    }
+
     /// The served model.
     pub fn model(&self) -> &ModelInfo {
         &self.shared().model
@@ -272,6 +291,9 @@ pub(crate) struct Shared {
     pub(crate) stats: Mutex<SchedulerStats>,
     failure: Mutex<Option<String>>,
     pub(crate) clock: StepClock,
+    pub(crate) kv_events: KvEventHub,
+    /// What a token of each KV group sees.
+    pub(crate) kv_groups: Arc<[KvGroupKind]>,
 }
 
 /// What waits for the next step boundary.
@@ -284,6 +306,7 @@ struct Inbox {
     aborts: BTreeMap<RequestId, Instant>,
     /// Choices that end before their request. At most one per choice that was ever taken, and emptied likewise.
     ended_choices: BTreeSet<(RequestId, u32)>,
+    cache_questions: CacheQuestions,
     next_id: u64,
     shutdown: bool,
     is_open: bool,
@@ -323,7 +346,10 @@ impl Inbox {
     }
 
     fn is_empty(&self) -> bool {
-        self.submissions.is_empty() && self.aborts.is_empty() && self.ended_choices.is_empty()
+        self.submissions.is_empty()
+            && self.aborts.is_empty()
+            && self.ended_choices.is_empty()
+            && self.cache_questions.is_empty()
     }
 }
 
@@ -335,12 +361,28 @@ pub(crate) struct QueuedSubmission {
     pub reply: oneshot::Sender<Result<TokenStream, SubmitError>>,
 }
 
+/// Who asks about the prefix cache. Bounded: subscribers by their number, flushes by [`MAX_QUEUED_FLUSHES`].
+#[derive(Default)]
+pub(crate) struct CacheQuestions {
+    /// Wants all cached blocks dropped that nobody holds.
+    pub flushes: Vec<oneshot::Sender<FlushReport>>,
+    /// Wants to know all blocks that can be hit, and changes from then on.
+    pub blocks: Vec<oneshot::Sender<AllBlocks>>,
+}
+
+impl CacheQuestions {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.flushes.is_empty() && self.blocks.is_empty()
+    }
+}
+
 /// What the engine's thread found in the inbox.
 #[derive(Default)]
 pub(crate) struct Commands {
     pub submissions: Vec<QueuedSubmission>,
     pub aborts: Vec<(RequestId, Instant)>,
     pub ended_choices: Vec<(RequestId, u32)>,
+    pub cache_questions: CacheQuestions,
     pub shutdown: bool,
 }
 
@@ -352,24 +394,28 @@ pub(crate) enum Wait {
 }
 
 impl Shared {
-    pub(crate) fn new(model: ModelInfo, max_queued_tokens: u64) -> Self {
+    pub(crate) fn new(model: ModelInfo, scheduler: &SchedulerConfig) -> Self {
+        let kv_groups = scheduler.kv_groups.iter().map(|group| group.kind).collect();
         let inbox = Inbox {
             submissions: VecDeque::new(),
             num_tokens: 0,
             aborts: BTreeMap::new(),
             ended_choices: BTreeSet::new(),
+            cache_questions: CacheQuestions::default(),
             next_id: 0,
             shutdown: false,
             is_open: true,
         };
         Self {
             model,
-            max_queued_tokens,
+            max_queued_tokens: scheduler.max_waiting_tokens,
             inbox: Mutex::new(inbox),
             wake: Condvar::new(),
             stats: Mutex::new(SchedulerStats::default()),
             failure: Mutex::new(None),
             clock: StepClock::new(),
+            kv_events: KvEventHub::new(),
+            kv_groups,
         }
     }
 
@@ -418,6 +464,33 @@ impl Shared {
         }
     }
 
+    fn ask_for_flush(&self, reply: oneshot::Sender<FlushReport>) -> Result<(), SubmitError> {
+        let mut inbox = lock(&self.inbox);
+        if !inbox.is_open {
+            return Err(SubmitError::Stopped);
+        }
+        if inbox.cache_questions.flushes.len() >= MAX_QUEUED_FLUSHES {
+            return Err(SubmitError::CommandQueueFull { retry_after_micros: 0 });
+        }
+        inbox.cache_questions.flushes.push(reply);
+        drop(inbox);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    pub(crate) fn ask_for_blocks(&self, reply: oneshot::Sender<AllBlocks>) -> Result<(), SubscribeError> {
+        let mut inbox = lock(&self.inbox);
+        if !inbox.is_open {
+            return Err(SubscribeError::Stopped);
+        }
+        // Those who left while they waited count no more.
+        inbox.cache_questions.blocks.retain(|reply| !reply.is_closed());
+        inbox.cache_questions.blocks.push(reply);
+        drop(inbox);
+        self.wake.notify_one();
+        Ok(())
+    }
+
     fn shutdown(&self) {
         lock(&self.inbox).shutdown = true;
         self.wake.notify_one();
@@ -448,6 +521,7 @@ impl Shared {
         while let Some(choice) = inbox.ended_choices.pop_first() {
             commands.ended_choices.push(choice);
         }
+        std::mem::swap(&mut commands.cache_questions, &mut inbox.cache_questions);
         commands.shutdown = inbox.shutdown;
     }
 
@@ -460,9 +534,11 @@ impl Shared {
             inbox.num_tokens = 0;
             inbox.aborts.clear();
             inbox.ended_choices.clear();
+            inbox.cache_questions = CacheQuestions::default();
             std::mem::take(&mut inbox.submissions)
         };
         self.clock.stop();
+        self.kv_events.close();
         // Without the lock: each stream that ends here asks for it.
         for mut queued in waiting {
             queued.stream.disarm();

@@ -22,6 +22,7 @@ pub mod gguf;
 mod handle;
 mod input_batch;
 mod kv_cache;
+mod kv_events;
 mod masks;
 mod memory;
 mod memory_plan;
@@ -47,6 +48,7 @@ pub use executor::Executor;
 pub use handle::{
     DeviceMemoryUse, EngineHandle, EngineHealth, MAX_LOGPROBS, ModelInfo, Submission, TokenEvent, TokenStream,
 };
+pub use kv_events::{KvEventBatch, KvEventStream, MAX_KV_SUBSCRIBERS, Snapshot, SubscribeError};
 pub use memory_plan::{MemoryNeed, free_memory, memory_need};
 pub use observer::{StepObserver, StepReport};
 pub use quire_kernels::DeviceInfo;
@@ -116,6 +118,7 @@ fn scheduler_config(max_model_len: u32, settings: &SchedulerSettings, kv_groups:
         block_size: settings.block_size,
         kv_groups,
         enable_prefix_cache: settings.prefix_cache,
+        kv_events: settings.kv_events,
         max_waiting_tokens,
         max_waiting_micros: match settings.max_waiting_seconds {
             0 => None,

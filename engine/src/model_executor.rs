@@ -200,6 +200,7 @@ impl<B: Backend> ModelExecutor<B> {
             max_num_seqs: settings.max_num_seqs,
             max_num_batched_tokens: settings.max_num_batched_tokens,
             prefix_cache: settings.prefix_cache,
+            kv_events: settings.prefix_cache && settings.kv_events,
         };
         let executor = Self {
             backend,

@@ -13,6 +13,7 @@ use crate::constraint::Grammar;
 use crate::error::{EngineError, SubmitError};
 use crate::executor::Executor;
 use crate::handle::{Commands, EngineHandle, ModelInfo, QueuedSubmission, Shared, TokenEvent, Wait, lock};
+use crate::kv_events::MAX_STEP_EVENTS;
 use crate::observer::{StepObserver, StepReport};
 
 /// Submissions taken between two steps: what is left waits for the next boundary, so that a flood of them does not
@@ -33,9 +34,10 @@ pub(crate) fn spawn<E: Executor>(
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
     check_depth(pipeline_depth)?;
-    let shared = Arc::new(Shared::new(model, scheduler.config().max_waiting_tokens));
+    let shared = Arc::new(Shared::new(model, scheduler.config()));
     *lock(&shared.stats) = scheduler.stats();
     let mut step_loop = StepLoop {
+        told_events: false,
         check: IdleCheck::new(scheduler.config()),
         checked_at: None,
         known_lens: vec![0; scheduler.config().max_num_seqs as usize],
@@ -105,6 +107,8 @@ struct StepLoop<E: Executor> {
     known_lens: Vec<u32>,
     events: Vec<Event>,
     commands: Commands,
+    /// Whether the scheduler writes down what happens to cached blocks.
+    told_events: bool,
     check: IdleCheck,
     /// When a whole check was last done.
     checked_at: Option<Instant>,
@@ -145,6 +149,7 @@ impl<E: Executor> StepLoop<E> {
             self.shared.clock.begin(now);
             self.obey(now);
             self.publish();
+            self.answer_cache_questions();
             if self.scheduler.has_work() {
                 self.step()?;
             }
@@ -300,6 +305,48 @@ impl<E: Executor> StepLoop<E> {
         *lock(&self.shared.stats) = self.scheduler.stats();
     }
 
+    /// Answers who asks about the prefix cache.
+    fn answer_cache_questions(&mut self) {
+        let questions = &mut self.commands.cache_questions;
+        for reply in questions.flushes.drain(..) {
+            let report = self.scheduler.flush_cache();
+            // Counters first: who has the answer sees its effect.
+            *lock(&self.shared.stats) = self.scheduler.stats();
+            let _ = reply.send(report);
+        }
+        if questions.blocks.is_empty() {
+            self.publish_kv_events();
+            return;
+        }
+        let replies = std::mem::take(&mut questions.blocks);
+        let hub = &self.shared.kv_events;
+        if !std::mem::replace(&mut self.told_events, true) {
+            self.scheduler.start_kv_events(MAX_STEP_EVENTS);
+            hub.start();
+        }
+        if let Some(events) = self.scheduler.drain_kv_events() {
+            hub.push(events);
+        }
+        let all = self.scheduler.kv_blocks();
+        for reply in replies {
+            drop(reply.send((all.clone(), hub.last_number())));
+        }
+    }
+
+    /// Tells subscribers what happened to cached blocks, where there are any.
+    fn publish_kv_events(&mut self) {
+        if !self.told_events {
+            return;
+        }
+        let hub = &self.shared.kv_events;
+        if hub.stop_unless_wanted() {
+            self.told_events = false;
+            self.scheduler.stop_kv_events();
+        } else if let Some(events) = self.scheduler.drain_kv_events() {
+            hub.push(events);
+        }
+    }
+
     /// Forwards what happened to whoever waits for it. Counters first: who sees an end sees its blocks free.
     fn publish(&mut self) {
         self.note_stats();
@@ -309,6 +356,7 @@ impl<E: Executor> StepLoop<E> {
             self.forward(event);
         }
         self.events = events;
+        self.publish_kv_events();
     }
 
     fn forward(&mut self, event: Event) {

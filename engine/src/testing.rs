@@ -423,6 +423,7 @@ pub fn fake_model(vocab_size: u32) -> ModelInfo {
         max_num_seqs: SchedulerSettings::default().max_num_seqs,
         max_num_batched_tokens: SchedulerSettings::default().max_num_batched_tokens,
         prefix_cache: true,
+        kv_events: false,
     }
 }
 
@@ -452,6 +453,7 @@ pub fn start_with(
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,
         prefix_cache: settings.prefix_cache,
+        kv_events: settings.prefix_cache && settings.kv_events,
         ..model
     };
     step_loop::spawn(executor, scheduler, model, pipeline_depth, observer)

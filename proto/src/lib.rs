@@ -60,6 +60,7 @@ mod tests {
     #[test]
     fn fields_of_others_have_their_numbers() {
         use super::inference::{ModelInferRequest, ModelInferResponse};
+        use super::smg::grpc::common::{KvBlock, KvBlocksStored, KvCacheEvent, KvEventBatch, kv_cache_event::Data};
         use super::vllm::grpc::engine::{GenerateComplete, GenerateRequest, SamplingParams};
         // Tag (number * 8 + wire type), length, content.
         let request = GenerateRequest { request_id: "a".into(), stream: true, ..Default::default() };
@@ -72,6 +73,14 @@ mod tests {
         assert_eq!(infer.encode_to_vec(), [0x1a, 1, b'a', 0x3a, 1, 1]);
         let infer = ModelInferResponse { raw_output_contents: vec![vec![1]], ..Default::default() };
         assert_eq!(infer.encode_to_vec(), [0x32, 1, 1]);
+        let block = KvBlock { block_hash: 1, token_ids: vec![2], block_size: 3 };
+        assert_eq!(block.encode_to_vec(), [0x08, 1, 0x12, 1, 2, 0x18, 3]);
+        let stored = KvBlocksStored { parent_block_hash: Some(4), group_idx: Some(5), ..Default::default() };
+        assert_eq!(stored.encode_to_vec(), [0x10, 4, 0x28, 5]);
+        let event = KvCacheEvent { event_id: 1, data: Some(Data::Stored(stored)) };
+        assert_eq!(event.encode_to_vec(), [0x08, 1, 0x12, 4, 0x10, 4, 0x28, 5]);
+        let batch = KvEventBatch { sequence_number: 1, events: vec![event], ..Default::default() };
+        assert_eq!(batch.encode_to_vec(), [0x08, 1, 0x1a, 8, 0x08, 1, 0x12, 4, 0x10, 4, 0x28, 5]);
     }
 
     #[test]

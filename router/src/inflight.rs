@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 
 use dashmap::DashMap;
 use futures::task::AtomicWaker;
+use tokio_util::sync::CancellationToken;
 
 use crate::error::ApiError;
 
@@ -15,6 +16,8 @@ pub struct Inflight {
     requests: DashMap<u64, Arc<Control>>,
     next_key: AtomicU64,
     draining: AtomicBool,
+    /// Cancelled when the drain begins: for streams that are no requests and have no end of their own.
+    drain: CancellationToken,
     /// Set once the drain limit has passed.
     failed: OnceLock<&'static str>,
 }
@@ -72,6 +75,12 @@ impl Inflight {
     /// From now on no request enters; those that run go on.
     pub fn begin_drain(&self) {
         self.draining.store(true, Ordering::SeqCst);
+        self.drain.cancel();
+    }
+
+    /// Ready once the drain begins.
+    pub(crate) async fn drain_begins(&self) {
+        self.drain.cancelled().await;
     }
 
     pub fn is_draining(&self) -> bool {

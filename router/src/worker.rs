@@ -6,8 +6,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use quire_engine::scheduler::SchedulerStats;
-use quire_engine::{EngineHandle, EngineHealth, ModelInfo, Submission, SubmitError, TokenEvent, TokenStream};
+use quire_engine::scheduler::{FlushReport, SchedulerStats};
+use quire_engine::{
+    EngineHandle, EngineHealth, KvEventStream, ModelInfo, Submission, SubmitError, SubscribeError, TokenEvent,
+    TokenStream,
+};
 
 /// What a worker sends back for one request. Dropping it before its last event cancels the request.
 pub trait TokenSource: Send + 'static {
@@ -22,6 +25,12 @@ pub trait TokenSource: Send + 'static {
 pub trait Worker: Send + Sync + 'static {
     /// Hands a request over; the answer comes by the next step boundary.
     fn submit(&self, submission: Submission) -> BoxFuture<'_, Result<Box<dyn TokenSource>, SubmitError>>;
+
+    /// Lets go of all cached blocks that no request holds.
+    fn flush_cache(&self) -> BoxFuture<'_, Result<FlushReport, SubmitError>>;
+
+    /// What happens to cached blocks, from batch `start` on or from all blocks of now on.
+    fn subscribe_kv_events(&self, start: u64) -> BoxFuture<'_, Result<KvEventStream, SubscribeError>>;
 
     /// The model it runs.
     fn model(&self) -> &ModelInfo;
@@ -50,6 +59,14 @@ impl Worker for LocalWorker {
             let stream = self.engine.submit(submission).await?;
             Ok(Box::new(LocalSource(stream)) as Box<dyn TokenSource>)
         })
+    }
+
+    fn flush_cache(&self) -> BoxFuture<'_, Result<FlushReport, SubmitError>> {
+        Box::pin(self.engine.flush_cache())
+    }
+
+    fn subscribe_kv_events(&self, start: u64) -> BoxFuture<'_, Result<KvEventStream, SubscribeError>> {
+        Box::pin(self.engine.subscribe_kv_events(start))
     }
 
     fn model(&self) -> &ModelInfo {

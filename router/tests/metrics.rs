@@ -25,6 +25,7 @@ fn model() -> ModelInfo {
         max_num_seqs: 4,
         max_num_batched_tokens: 64,
         prefix_cache: true,
+        kv_events: false,
     }
 }
 

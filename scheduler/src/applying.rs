@@ -2,10 +2,11 @@
 
 use std::iter;
 
+use crate::kv_groups::FullBlock;
 use crate::plan::{Event, EventKind, ScheduledSequence, SequenceOutput, StepOutput, StepPlan};
 use crate::scheduler::Scheduler;
 use crate::sequence::{Slot, State};
-use crate::{FinishReason, Time};
+use crate::{BlockHash, FinishReason, ShortHash, Time};
 
 impl Scheduler {
     /// Takes in the output of the oldest unapplied plan: advances lengths, publishes full blocks, finds ends.
@@ -135,8 +136,20 @@ impl Scheduler {
         sequence.next_boundary = (num_full + 1) * block_size;
         if self.config.enable_prefix_cache {
             details.extend_hashes(num_full, sequence.prompt_len, block_size);
+            let request = details.request();
+            let root = match self.kv.log.keeps_records() {
+                true => BlockHash::root(&request.cache_salt, request.adapter).short(),
+                false => ShortHash(0),
+            };
             for position in details.num_published..num_full {
-                self.kv.publish(sequence.row, position, details.hashes[position as usize]);
+                let at = position as usize;
+                let content = FullBlock {
+                    hash: details.hashes[at],
+                    parent: at.checked_sub(1).map(|before| details.hashes[before]),
+                    root,
+                    token_ids: details.block_tokens(position, sequence.prompt_len, block_size),
+                };
+                self.kv.publish(sequence.row, position, &content);
             }
             details.num_published = num_full;
         }

@@ -55,6 +55,9 @@ pub struct SchedulerConfig {
     pub kv_groups: Vec<KvGroup>,
     /// Reuse blocks of equal prefixes.
     pub enable_prefix_cache: bool,
+    /// Keep the tokens of cached blocks, so that what the prefix cache holds can be told
+    /// ([`Scheduler::start_kv_events`](crate::Scheduler::start_kv_events)).
+    pub kv_events: bool,
     /// Most prompt tokens waiting; past that `submit` refuses. While one tenant fills the queue, the others are still
     /// taken up to their equal share of this number; at twice this number nobody is. At least `max_model_len`.
     pub max_waiting_tokens: u64,
@@ -74,6 +77,7 @@ impl Default for SchedulerConfig {
             block_size: 16,
             kv_groups: vec![KvGroup { kind: KvGroupKind::Full, num_blocks: 4096 }],
             enable_prefix_cache: true,
+            kv_events: false,
             max_waiting_tokens: 1 << 20,
             max_waiting_micros: None,
             policy: Policy::Priority,

@@ -5,9 +5,10 @@
 
 use crate::allocator::BlockAllocator;
 use crate::block::{BlockTable, num_blocks_for};
+use crate::kv_events::{BlockRecords, KvEventLog};
 use crate::prefix_cache::{BlockHash, PrefixCache};
 use crate::stats::BlockStats;
-use crate::{BlockId, KvGroupKind, SchedulerConfig};
+use crate::{BlockId, FlushReport, KvGroupKind, SchedulerConfig, ShortHash};
 
 /// See the module's text.
 #[derive(Debug)]
@@ -18,6 +19,17 @@ pub(crate) struct KvGroups {
     tables: Vec<BlockTable>,
     /// Counts moments at which blocks were given back: while it stands still, what did not fit still does not.
     release_epoch: u64,
+    pub(crate) log: KvEventLog,
+}
+
+/// The content of a block that is full and computed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FullBlock<'a> {
+    pub(crate) hash: BlockHash,
+    pub(crate) parent: Option<BlockHash>,
+    /// Looked at where blocks are described.
+    pub(crate) root: ShortHash,
+    pub(crate) token_ids: [&'a [u32]; 2],
 }
 
 #[derive(Debug)]
@@ -40,9 +52,11 @@ impl Group {
         }
     }
 
-    fn allocate(&mut self) -> BlockId {
+    /// `index` is the group's own.
+    fn allocate(&mut self, index: usize, log: &mut KvEventLog) -> BlockId {
         let allocation = self.allocator.allocate().expect("callers check that enough blocks are available");
         if allocation.evicted {
+            log.remove(index, || self.cache.hash_of(allocation.block).expect("it could be hit").short());
             self.cache.remove(allocation.block);
         }
         allocation.block
@@ -73,7 +87,10 @@ impl KvGroups {
         let table_len = num_blocks_for(config.max_model_len, config.block_size);
         let num_tables = config.max_num_seqs as usize * groups.len();
         let tables = (0..num_tables).map(|_| BlockTable::with_capacity(table_len)).collect();
-        Self { block_size: config.block_size, groups, tables, release_epoch: 0 }
+        let is_told = config.kv_events && config.enable_prefix_cache;
+        let records = config.kv_groups.iter().filter(|_| is_told);
+        let records = records.map(|group| BlockRecords::new(group.num_blocks, config.block_size)).collect();
+        Self { block_size: config.block_size, groups, tables, release_epoch: 0, log: KvEventLog::new(records) }
     }
 
     pub(crate) fn release_epoch(&self) -> u64 {
@@ -107,8 +124,8 @@ impl KvGroups {
         }
         let first = row as usize * self.groups.len();
         for _ in 0..count {
-            for (group, table) in self.groups.iter_mut().zip(&mut self.tables[first..]) {
-                let block = group.allocate();
+            for (index, (group, table)) in self.groups.iter_mut().zip(&mut self.tables[first..]).enumerate() {
+                let block = group.allocate(index, &mut self.log);
                 table.push(block);
                 out.push(block);
             }
@@ -150,23 +167,45 @@ impl KvGroups {
         }
     }
 
-    /// Lets other sequences hit the row's block at `position`, which is full and computed.
-    pub(crate) fn publish(&mut self, row: u32, position: u32, hash: BlockHash) {
+    /// Lets other sequences hit the row's block at `position`.
+    pub(crate) fn publish(&mut self, row: u32, position: u32, content: &FullBlock<'_>) {
         let first = row as usize * self.groups.len();
-        for (group, table) in self.groups.iter_mut().zip(&self.tables[first..]) {
+        for (index, (group, table)) in self.groups.iter_mut().zip(&self.tables[first..]).enumerate() {
             let block = table.entries()[position as usize];
             // Where another block has this content already, that one stays and ours is freed like any other.
-            if !block.is_none() && group.cache.insert(hash, block) {
+            if !block.is_none() && group.cache.insert(content.hash, block) {
                 group.allocator.set_keep(block);
+                self.log.store(index, block, position, content);
             }
         }
     }
 
+    /// See [`Scheduler::flush_cache`](crate::Scheduler::flush_cache).
+    pub(crate) fn flush(&mut self) -> FlushReport {
+        let num_dropped = self.groups.iter().map(|group| group.allocator.num_cached()).sum();
+        let num_registered: u32 = self.groups.iter().map(|group| group.cache.len()).sum();
+        let num_held = num_registered - num_dropped;
+        for (index, group) in self.groups.iter_mut().enumerate() {
+            while let Some(block) = group.allocator.newer_than(None) {
+                if num_held > 0 {
+                    self.log.remove(index, || group.cache.hash_of(block).expect("it could be hit").short());
+                }
+                group.cache.remove(block);
+                group.allocator.clear_keep(block);
+            }
+        }
+        if num_dropped > 0 && num_held == 0 {
+            self.log.clear();
+        }
+        FlushReport { num_dropped, num_held }
+    }
+
     /// No block under these hashes can be hit any more.
     pub(crate) fn forget(&mut self, hashes: &[BlockHash]) {
-        for group in &mut self.groups {
+        for (index, group) in self.groups.iter_mut().enumerate() {
             for hash in hashes {
                 if let Some(block) = group.cache.get(hash) {
+                    self.log.remove(index, || hash.short());
                     group.cache.remove(block);
                     group.allocator.clear_keep(block);
                 }
@@ -367,6 +406,10 @@ mod tests {
         links.skip(1).take(len as usize).collect()
     }
 
+    fn full_block(hash: BlockHash) -> FullBlock<'static> {
+        FullBlock { hash, parent: None, root: ShortHash(0), token_ids: [&[], &[]] }
+    }
+
     #[test]
     fn a_hit_needs_the_whole_chain_in_full_groups_and_the_last_window_in_others() {
         // (window, blocks that are missing from the group with the window, longest prefix of 8 blocks of 4 tokens)
@@ -385,7 +428,7 @@ mod tests {
             let hashes = chain(8);
             assert!(kv.append(0, 8, &mut Vec::new()));
             for (position, &hash) in hashes.iter().enumerate() {
-                kv.publish(0, position as u32, hash);
+                kv.publish(0, position as u32, &full_block(hash));
             }
             for &position in missing {
                 let block = kv.tables(0)[1].entries()[position as usize];
@@ -405,7 +448,7 @@ mod tests {
         let hashes = chain(8);
         kv.append(0, 8, &mut Vec::new());
         for position in [0, 1, 3, 4] {
-            kv.publish(0, position, hashes[position as usize]);
+            kv.publish(0, position, &full_block(hashes[position as usize]));
         }
         assert_eq!(kv.longest_prefix(&hashes), 2);
     }
@@ -431,7 +474,7 @@ mod tests {
         let hashes = chain(8);
         kv.append(0, 8, &mut Vec::new());
         for (position, &hash) in hashes.iter().enumerate() {
-            kv.publish(0, position as u32, hash);
+            kv.publish(0, position as u32, &full_block(hash));
         }
         kv.release_row(0);
         // 32 blocks are available, 8 of them idle hits; 24 more tokens' worth of blocks fit, 25 do not.

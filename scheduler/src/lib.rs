@@ -31,6 +31,7 @@ mod block;
 mod config;
 mod error;
 mod idle_check;
+mod kv_events;
 mod kv_groups;
 mod pace;
 mod plan;
@@ -50,6 +51,7 @@ pub use block::{BlockId, num_blocks_for};
 pub use config::{KvGroup, KvGroupKind, MAX_KV_GROUPS, Policy, SchedulerConfig};
 pub use error::{ConfigError, SubmitError};
 pub use idle_check::IdleCheck;
+pub use kv_events::{FlushReport, KvBlock, KvEvent, KvEvents, ShortHash};
 pub use pace::QueuePace;
 pub use plan::{
     Admission, Event, EventKind, RowId, ScheduledSequence, SequenceOutput, StepId, StepOutput, StepPlan, TokenLogprobs,

@@ -12,7 +12,7 @@
 use sha2::block_api::compress256;
 use sha2::{Digest, Sha256};
 
-use crate::{AdapterId, BlockId, CacheSalt};
+use crate::{AdapterId, BlockId, CacheSalt, ShortHash};
 
 /// Tokens in one message of the compression function.
 const MESSAGE_TOKENS: usize = 16;
@@ -37,6 +37,12 @@ impl BlockHash {
             *word = u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         }
         Self(words)
+    }
+
+    /// The first 64 bits, for others to tell blocks apart by.
+    #[must_use]
+    pub fn short(&self) -> ShortHash {
+        ShortHash(u64::from(self.0[0]) << 32 | u64::from(self.0[1]))
     }
 
     /// Hash of the block that follows this one and holds the tokens of `parts`, one after the other.

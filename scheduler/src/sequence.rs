@@ -157,18 +157,23 @@ impl Details {
         self.request.as_ref().expect("the slot is in use")
     }
 
+    /// Tokens of the block at `position`, all of them known: those of the prompt, then generated ones.
+    pub(crate) fn block_tokens(&self, position: u32, prompt_len: u32, block_size: u32) -> [&[u32]; 2] {
+        let (prompt_len, block_size) = (prompt_len as usize, block_size as usize);
+        let start = position as usize * block_size;
+        let end = start + block_size;
+        // Behind the prompt the request is not touched: it is not in the processor's cache.
+        let prompt: &[u32] = match &self.request {
+            Some(request) if start < prompt_len => &request.prompt[start..end.min(prompt_len)],
+            _ => &[],
+        };
+        [prompt, &self.generated[start.max(prompt_len) - prompt_len..end.max(prompt_len) - prompt_len]]
+    }
+
     /// Computes the hashes of the first `count` blocks, whose tokens are known.
     pub(crate) fn extend_hashes(&mut self, count: u32, prompt_len: u32, block_size: u32) {
-        let prompt_len = prompt_len as usize;
         while (self.hashes.len() as u32) < count {
-            let start = self.hashes.len() * block_size as usize;
-            let end = start + block_size as usize;
-            // Behind the prompt the request is not touched: it is not in the processor's cache.
-            let prompt: &[u32] = match &self.request {
-                Some(request) if start < prompt_len => &request.prompt[start..end.min(prompt_len)],
-                _ => &[],
-            };
-            let generated = &self.generated[start.max(prompt_len) - prompt_len..end.max(prompt_len) - prompt_len];
+            let token_ids = self.block_tokens(self.hashes.len() as u32, prompt_len, block_size);
             let parent = match (self.hashes.last(), &self.request) {
                 (Some(parent), _) => *parent,
                 (None, request) => {
@@ -176,7 +181,7 @@ impl Details {
                     BlockHash::root(&request.cache_salt, request.adapter)
                 }
             };
-            self.hashes.push(parent.child([prompt, generated]));
+            self.hashes.push(parent.child(token_ids));
         }
     }
 }

@@ -6,6 +6,7 @@
 //! given away too early or never written changes the output, and the output is known beforehand ([`expected_output`]).
 
 mod device;
+mod kv_replay;
 mod naive;
 mod rng;
 mod simulation;

@@ -57,8 +57,9 @@ fn decode_steps_allocate_nothing() {
         kv_groups: kinds.iter().map(|&kind| KvGroup { kind, num_blocks: num_seqs * 128 }).collect(),
         ..SchedulerConfig::default()
     };
-    for depth in [0, 1] {
-        let mut scheduler = Scheduler::new(config.clone()).unwrap();
+    // With what listeners would be told, and nobody listening.
+    for (depth, kv_events) in [(0, false), (1, false), (1, true)] {
+        let mut scheduler = Scheduler::new(SchedulerConfig { kv_events, ..config.clone() }).unwrap();
         for id in 0..num_seqs {
             let prompt: Vec<u32> = (0..100 + id).map(|position| id * 1000 + position).collect();
             scheduler.submit(request(u64::from(id), &prompt, 1500), Time(0)).unwrap();

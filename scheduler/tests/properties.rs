@@ -29,6 +29,7 @@ prop_compose! {
         block_size in prop::sample::select(vec![1_u32, 2, 3, 4, 8, 16]),
         kinds in prop::collection::vec((kv_group_kind(), 0_u32..300), 1..4),
         enable_prefix_cache in prop::bool::weighted(0.7),
+        kv_events in any::<bool>(),
         waiting in 1_u64..20,
         max_waiting_micros in prop::option::weighted(0.2, 1_000_u64..200_000),
         policy in prop::sample::select(vec![Policy::Priority, Policy::Fcfs]),
@@ -40,6 +41,7 @@ prop_compose! {
             block_size,
             kv_groups: Vec::new(),
             enable_prefix_cache,
+            kv_events,
             max_waiting_tokens: u64::from(max_model_len) * waiting,
             max_waiting_micros,
             policy,
@@ -63,6 +65,7 @@ prop_compose! {
         fault_rates in prop::option::of((0_u32..100, 0_u32..100, 0_u32..20)),
         arrivals_per_mille in 20_u32..700,
         aborts_per_mille in 0_u32..100,
+        flushes_per_mille in 0_u32..60,
     ) -> Simulation {
         let (several_tokens, taken_back, non_finite) = fault_rates.unwrap_or_default();
         Simulation {
@@ -72,6 +75,7 @@ prop_compose! {
             num_requests: 60,
             arrivals_per_mille,
             aborts_per_mille,
+            flushes_per_mille,
             check_every: 4,
             ..Simulation::new(scheduler, seed)
         }

@@ -149,6 +149,7 @@ impl<B: Backend> DecoderPooler<B> {
             max_num_seqs: limits.num_seqs as u32,
             max_num_batched_tokens: limits.num_tokens as u32,
             prefix_cache: false,
+            kv_events: false,
         };
         let arrays = Arrays::alloc(&mut backend, limits, windows.len(), max_num_blocks)?;
         let shape = config.attention_shape();

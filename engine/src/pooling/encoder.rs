@@ -77,6 +77,7 @@ impl<B: Backend> EncoderPooler<B> {
             max_num_seqs: limits.num_seqs as u32,
             max_num_batched_tokens: limits.num_tokens as u32,
             prefix_cache: false,
+            kv_events: false,
         };
         let mut alloc = |len: usize| backend.alloc(DType::U32, len);
         let mut token_indices = alloc(limits.num_tokens)?;

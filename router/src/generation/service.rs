@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use quire_engine::scheduler::SchedulerStats;
-use quire_engine::{Grammar, Submission, SubmitError};
+use quire_engine::scheduler::{FlushReport, SchedulerStats};
+use quire_engine::{Grammar, KvEventStream, Submission, SubmitError, SubscribeError};
 use quire_scheduler::{AdapterId, CacheSalt, TenantId};
 use sha2::{Digest, Sha256};
 use tracing::Instrument;
@@ -189,13 +189,7 @@ impl GenerationService {
         for choice in &mut choices {
             choice.replay(&submission.generated, &rules, |event| events.push_back(event));
         }
-        let source = worker.submit(submission).await.map_err(|error| match error {
-            SubmitError::Scheduler(refusal) => validate::refusal(refusal),
-            SubmitError::CommandQueueFull { retry_after_micros } => {
-                ApiError::Overloaded { retry_after_seconds: validate::whole_seconds(retry_after_micros) }
-            }
-            SubmitError::Stopped => ApiError::Unavailable { why: "the engine is stopped" },
-        })?;
+        let source = worker.submit(submission).await.map_err(submit_error)?;
         Ok(Started { request_id, seed, prompt, created, source, entered, rules, choices, events })
     }
 
@@ -261,6 +255,37 @@ impl GenerationService {
     /// Counters of its engine, as of the last step.
     pub fn stats(&self) -> SchedulerStats {
         self.chosen().stats()
+    }
+
+    /// Lets go of all cached blocks of the selected model that no request holds.
+    pub(crate) async fn flush_cache(&self) -> Result<FlushReport, ApiError> {
+        match self.runner() {
+            Runner::Generates(worker) => worker.flush_cache().await.map_err(submit_error),
+            Runner::Pools(_) => Ok(FlushReport::default()),
+        }
+    }
+
+    /// What happens to cached blocks of the selected model; see [`quire_engine::EngineHandle::subscribe_kv_events`].
+    pub(crate) async fn subscribe_kv_events(&self, start: u64) -> Result<KvEventStream, ApiError> {
+        let not_published = "events of the KV cache are not published: scheduler.kv_events turns them on";
+        let Runner::Generates(worker) = self.runner() else {
+            return Err(ApiError::NotImplemented { what: not_published });
+        };
+        worker.subscribe_kv_events(start).await.map_err(|error| match error {
+            SubscribeError::NotPublished => ApiError::NotImplemented { what: not_published },
+            SubscribeError::TooMany => ApiError::Overloaded { retry_after_seconds: 60 },
+            SubscribeError::Stopped => submit_error(SubmitError::Stopped),
+        })
+    }
+
+    /// The salt of a request that brings none and has no tenant.
+    pub(crate) fn plain_salt(&self) -> CacheSalt {
+        derive_cache_salt(TenantId::default(), None, &self.model().info().digest, None)
+    }
+
+    /// Ready once no request is taken any more.
+    pub(crate) async fn drain_begins(&self) {
+        self.shared.inflight.drain_begins().await;
     }
 
     pub(super) fn inflight(&self) -> &Arc<Inflight> {
@@ -330,6 +355,16 @@ pub(super) async fn before<T>(
         Some(deadline) => {
             tokio::time::timeout_at(deadline.into(), work).await.unwrap_or(Err(ApiError::DeadlineExceeded))
         }
+    }
+}
+
+fn submit_error(error: SubmitError) -> ApiError {
+    match error {
+        SubmitError::Scheduler(refusal) => validate::refusal(refusal),
+        SubmitError::CommandQueueFull { retry_after_micros } => {
+            ApiError::Overloaded { retry_after_seconds: validate::whole_seconds(retry_after_micros) }
+        }
+        SubmitError::Stopped => ApiError::Unavailable { why: "the engine is stopped" },
     }
 }
 

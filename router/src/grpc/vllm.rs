@@ -3,7 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::Stream;
 use futures::stream;
@@ -20,13 +20,16 @@ use crate::served_models::Task;
 use crate::zip;
 
 use super::convert::vllm::Writer;
-use super::convert::{self, vllm as convert_vllm};
+use super::convert::{self, kv_events as convert_kv, vllm as convert_vllm};
 use super::start::start;
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Bytes of a piece of the tokenizer's archive: well below what clients take in a message.
 const ARCHIVE_PIECE: usize = 1 << 20;
+
+/// How often it is asked whether the engine is idle, by who wants its cache flushed then.
+const FLUSH_POLL: Duration = Duration::from_millis(5);
 
 pub(super) struct Handlers {
     lifecycle: Arc<Lifecycle>,
@@ -49,7 +52,7 @@ impl Handlers {
     }
 }
 
-fn since_1970() -> std::time::Duration {
+fn since_1970() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
@@ -130,9 +133,20 @@ impl VllmEngine for Handlers {
 
     async fn flush_cache(
         &self,
-        _: Request<common::FlushCacheRequest>,
+        request: Request<common::FlushCacheRequest>,
     ) -> Result<Response<common::FlushCacheResponse>, Status> {
-        Err(not_implemented("the prefix cache cannot be flushed: its blocks are evicted when they are needed"))
+        let service = self.service()?;
+        let limit = convert_kv::flush_timeout(&request.into_inner()).map_err(|error| convert::status(&error, ""))?;
+        let deadline = Instant::now() + limit;
+        let is_busy = || {
+            let stats = service.stats();
+            stats.num_running > 0 || stats.num_waiting > 0
+        };
+        while is_busy() && Instant::now() < deadline && !service.is_draining() {
+            tokio::time::sleep(FLUSH_POLL).await;
+        }
+        let report = service.flush_cache().await.map_err(|error| convert::status(&error, ""))?;
+        Ok(Response::new(convert_kv::flushed(report)))
     }
 
     async fn abort(&self, request: Request<wire::AbortRequest>) -> Result<Response<wire::AbortResponse>, Status> {
@@ -202,8 +216,27 @@ impl VllmEngine for Handlers {
 
     async fn subscribe_kv_events(
         &self,
-        _: Request<common::SubscribeKvEventsRequest>,
+        request: Request<common::SubscribeKvEventsRequest>,
     ) -> Result<Response<Self::SubscribeKvEventsStream>, Status> {
-        Err(not_implemented("the engine publishes no events of its KV cache"))
+        let service = self.service()?.clone();
+        let start = request.into_inner().start_sequence_number;
+        let events = service.subscribe_kv_events(start).await.map_err(|error| convert::status(&error, ""))?;
+        let words = convert_kv::Words::new(service.model().info().block_size, events.groups(), &service.plain_salt());
+        let batches = stream::unfold(Some((service, events, words)), |state| async move {
+            let (service, mut events, words) = state?;
+            let batch = tokio::select! {
+                batch = events.next() => batch,
+                // It has no end of its own: a drain would wait for it in vain.
+                () = service.drain_begins() => None,
+            };
+            match batch {
+                Some(batch) => Some((Ok(words.batch(&batch)), Some((service, events, words)))),
+                None => {
+                    let error = ApiError::Unavailable { why: "the server is shutting down" };
+                    Some((Err(convert::status(&error, "")), None))
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(batches)))
     }
 }

@@ -14,7 +14,7 @@ use tonic::Code;
 
 use crate::harness::{Server, VOCAB, demo_ids};
 
-fn engine(server: &Server) -> VllmEngineClient<Router> {
+pub(crate) fn engine(server: &Server) -> VllmEngineClient<Router> {
     VllmEngineClient::with_origin(server.grpc.clone(), "http://quire".parse().expect("an address"))
 }
 
@@ -22,7 +22,7 @@ fn inference(server: &Server) -> GrpcInferenceServiceClient<Router> {
     GrpcInferenceServiceClient::with_origin(server.grpc.clone(), "http://quire".parse().expect("an address"))
 }
 
-fn generate(stream: bool, sampling: vllm::SamplingParams) -> vllm::GenerateRequest {
+pub(crate) fn generate(stream: bool, sampling: vllm::SamplingParams) -> vllm::GenerateRequest {
     let input_ids = demo_ids("Once upon a time");
     vllm::GenerateRequest {
         request_id: "r-1".to_owned(),
@@ -33,7 +33,7 @@ fn generate(stream: bool, sampling: vllm::SamplingParams) -> vllm::GenerateReque
     }
 }
 
-async fn answers(server: &Server, request: vllm::GenerateRequest) -> Vec<Response> {
+pub(crate) async fn answers(server: &Server, request: vllm::GenerateRequest) -> Vec<Response> {
     let mut stream = engine(server).generate(request).await.expect("starts").into_inner();
     let mut responses = Vec::new();
     while let Some(message) = stream.message().await.expect("no error") {
@@ -157,10 +157,9 @@ async fn an_engine_says_what_it_is_and_what_it_cannot() {
     let embed = engine.embed(vllm::EmbedRequest::default()).await.expect_err("no embedder");
     assert_eq!(embed.code(), Code::Unimplemented);
     assert!(embed.message().contains("embedding"), "{embed:?}");
-    let flush = engine.flush_cache(common::FlushCacheRequest::default()).await.expect_err("not served");
-    assert_eq!(flush.code(), Code::Unimplemented);
     let events = engine.subscribe_kv_events(common::SubscribeKvEventsRequest::default()).await.expect_err("none");
     assert_eq!(events.code(), Code::Unimplemented);
+    assert!(events.message().contains("scheduler.kv_events"), "{events:?}");
     for (request, field) in [
         (vllm::GenerateRequest::default(), "input"),
         (generate(true, vllm::SamplingParams { n: 9, ..Default::default() }), "n"),

@@ -10,6 +10,7 @@ mod endings;
 mod grpc;
 mod harness;
 mod hostile;
+mod kv_events;
 mod messages;
 mod ollama;
 mod refusals;

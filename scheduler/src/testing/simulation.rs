@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::kv_replay::KvReplay;
 use super::rng::mix;
 use super::{FakeDevice, FaultRates, RequestMix, Rng, Workload, expected_output};
 use crate::{
@@ -28,6 +29,8 @@ pub struct Simulation {
     pub arrivals_per_mille: u32,
     /// Steps in a thousand before which a request, any that ever was, is aborted.
     pub aborts_per_mille: u32,
+    /// Steps in a thousand before which the prefix cache is flushed, where what it holds is told.
+    pub flushes_per_mille: u32,
     /// Time between two steps, in microseconds.
     pub step_micros: u64,
     /// All state is checked every so many steps.
@@ -65,6 +68,7 @@ impl Simulation {
             num_requests: 100,
             arrivals_per_mille: 300,
             aborts_per_mille: 20,
+            flushes_per_mille: 5,
             step_micros: 1_000,
             check_every: 16,
             check_outputs: true,
@@ -113,6 +117,8 @@ struct Choice {
 struct Run<'a> {
     simulation: &'a Simulation,
     scheduler: Scheduler,
+    /// Follows what the prefix cache is said to hold, where it is told.
+    replay: Option<KvReplay>,
     requests: BTreeMap<RequestId, Request>,
     choices: BTreeMap<(RequestId, u32), Choice>,
     num_open: usize,
@@ -132,6 +138,7 @@ pub fn simulate(simulation: &Simulation) -> Report {
     let mut run = Run {
         simulation,
         scheduler: Scheduler::new(config.clone()).expect("the configuration works"),
+        replay: config.kv_events.then(|| KvReplay::new(config.block_size)),
         requests: BTreeMap::new(),
         choices: BTreeMap::new(),
         num_open: 0,
@@ -142,6 +149,9 @@ pub fn simulate(simulation: &Simulation) -> Report {
     };
     let mut in_flight: VecDeque<(StepPlan, StepOutput)> = VecDeque::new();
     let mut spare_outputs = Vec::new();
+    if run.replay.is_some() {
+        run.scheduler.start_kv_events(usize::MAX);
+    }
     let (mut num_arrived, mut num_refused, mut digest) = (0, 0, 0);
     let mut num_idle = 0;
     while num_arrived < simulation.num_requests || run.num_open > 0 {
@@ -153,6 +163,9 @@ pub fn simulate(simulation: &Simulation) -> Report {
         }
         if rng.chance(simulation.aborts_per_mille) {
             run.abort(RequestId(u64::from(rng.below(num_arrived + 1))));
+        }
+        if simulation.scheduler.kv_events && rng.chance(simulation.flushes_per_mille) {
+            run.scheduler.flush_cache();
         }
         let plan = run.scheduler.plan(now);
         num_idle = if plan.is_empty() { num_idle + 1 } else { 0 };
@@ -178,6 +191,9 @@ pub fn simulate(simulation: &Simulation) -> Report {
         run.check_aborted();
         if run.num_steps.is_multiple_of(simulation.check_every) {
             run.scheduler.check_invariants();
+            if let Some(replay) = &mut run.replay {
+                replay.follow(&mut run.scheduler);
+            }
         }
     }
     for (plan, mut output) in in_flight {
@@ -200,6 +216,9 @@ impl Run<'_> {
             let key = (request.id, request.choice_offset + choice);
             self.choices.insert(key, Choice { next_prompt_logprob: 1, ..Choice::default() });
             self.num_open += 1;
+        }
+        if let Some(replay) = &mut self.replay {
+            replay.know_root(&request);
         }
         self.requests.insert(request.id, request);
         true
@@ -270,8 +289,11 @@ impl Run<'_> {
         self.events = events;
     }
 
-    fn finish(self, num_refused: u32, digest: u64) -> Report {
+    fn finish(mut self, num_refused: u32, digest: u64) -> Report {
         self.scheduler.check_invariants();
+        if let Some(replay) = &mut self.replay {
+            replay.follow(&mut self.scheduler);
+        }
         assert!(!self.scheduler.has_work());
         let stats = self.scheduler.stats();
         assert_eq!((stats.num_waiting, stats.num_running, stats.waiting_tokens, stats.num_tenants), (0, 0, 0, 0));

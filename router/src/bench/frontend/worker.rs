@@ -6,8 +6,10 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
-use quire_engine::scheduler::{FinishReason, SchedulerStats};
-use quire_engine::{DeviceInfo, EngineHealth, ModelInfo, Submission, SubmitError, TokenEvent};
+use quire_engine::scheduler::{FinishReason, FlushReport, SchedulerStats};
+use quire_engine::{
+    DeviceInfo, EngineHealth, KvEventStream, ModelInfo, Submission, SubmitError, SubscribeError, TokenEvent,
+};
 use tokio::sync::mpsc;
 
 use crate::worker::{TokenSource, Worker};
@@ -83,6 +85,7 @@ impl IdleWorker {
             max_num_seqs: 4096,
             max_num_batched_tokens: 4096,
             prefix_cache: false,
+            kv_events: false,
         };
         Self { info, submit, untaken }
     }
@@ -130,6 +133,14 @@ impl Worker for IdleWorker {
             submitted.map_err(|_| SubmitError::Stopped)?;
             Ok(Box::new(source) as Box<dyn TokenSource>)
         })
+    }
+
+    fn flush_cache(&self) -> BoxFuture<'_, Result<FlushReport, SubmitError>> {
+        Box::pin(std::future::ready(Ok(FlushReport::default())))
+    }
+
+    fn subscribe_kv_events(&self, _: u64) -> BoxFuture<'_, Result<KvEventStream, SubscribeError>> {
+        Box::pin(std::future::ready(Err(SubscribeError::NotPublished)))
     }
 
     fn model(&self) -> &ModelInfo {
