@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use quire_engine::{ModelInfo, ModelSource};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::chat_template::ChatTemplate;
 use crate::detokenizer::TokenTable;
@@ -218,6 +219,22 @@ impl ServedModel {
             }
         }
         Ok(files)
+    }
+
+    /// `tokenizer_config.json`, where there is one, with the chat template that is used. Reads a file: for a thread that may
+    /// wait.
+    pub fn tokenizer_config(&self) -> std::io::Result<Map<String, Value>> {
+        let bytes = match &self.source {
+            ModelSource::Gguf(_) => None,
+            source => source.read("tokenizer_config.json")?,
+        };
+        let mut config = match bytes {
+            Some(bytes) => serde_json::from_slice(&bytes).map_err(std::io::Error::other)?,
+            None => Map::new(),
+        };
+        config.entry("tokenizer_class").or_insert_with(|| "PreTrainedTokenizerFast".into());
+        config.insert("chat_template".to_owned(), self.chat_template().map(|template| template.source()).into());
+        Ok(config)
     }
 
     /// Compiles grammars over its tokens.

@@ -2,6 +2,7 @@
 //! others.
 
 pub(super) mod kserve;
+pub(super) mod kserve_embed;
 pub(super) mod kv_events;
 pub(super) mod pooling;
 pub(super) mod vllm;

@@ -1,4 +1,4 @@
-//! The service `inference.GRPCInferenceService`: KServe's and Triton's clients, text in and text out.
+//! The service `inference.GRPCInferenceService`: KServe's and Triton's clients, text in and text or vectors out.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::random::{is_request_id, random_seed, request_id};
 use crate::served_models::Task;
 
 use super::convert::kserve::{Form, Infer};
-use super::convert::{self, kserve as convert_kserve};
+use super::convert::{self, kserve as convert_kserve, kserve_embed};
 
 /// Requests of one stream that are worked on at once; the others wait in the stream.
 const MAX_AT_ONCE: usize = 16;
@@ -190,7 +190,8 @@ impl GrpcInferenceService for Handlers {
         request: Request<wire::ModelMetadataRequest>,
     ) -> Result<Response<wire::ModelMetadataResponse>, Status> {
         let wire::ModelMetadataRequest { name, version } = request.into_inner();
-        Ok(Response::new(convert_kserve::model_metadata(self.served(&name, &version)?.model())))
+        let service = self.served(&name, &version)?;
+        Ok(Response::new(convert_kserve::model_metadata(service.model(), service.runner())))
     }
 
     async fn model_infer(
@@ -202,6 +203,12 @@ impl GrpcInferenceService for Handlers {
         let (metadata, share, message) = request.into_parts();
         let answer = async {
             let deadline = convert::deadline(&metadata, Instant::now())?;
+            if service.select(Some(&message.model_name), Task::Embed).is_ok() {
+                let id = id_of(&message.id);
+                let limits = service.limits();
+                let (request, form) = kserve_embed::embed_request(message, id.clone(), deadline, limits)?;
+                return Ok((form.answer(service.embed(request).await?), id));
+            }
             let (generations, seed, form) = start(service, message, deadline).await?;
             drop(share);
             let id = generations.first().map(|(generation, _)| generation.request_id.clone()).unwrap_or_default();
@@ -245,7 +252,8 @@ impl GrpcInferenceService for Handlers {
         request: Request<wire::ModelConfigRequest>,
     ) -> Result<Response<wire::ModelConfigResponse>, Status> {
         let wire::ModelConfigRequest { name, version } = request.into_inner();
-        Ok(Response::new(convert_kserve::model_config(self.served(&name, &version)?.model())))
+        let service = self.served(&name, &version)?;
+        Ok(Response::new(convert_kserve::model_config(service.model(), service.runner())))
     }
 
     async fn repository_index(

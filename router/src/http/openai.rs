@@ -12,7 +12,7 @@ use crate::detokenizer::{SpecialTokenText, TokenTable};
 use crate::error::ApiError;
 use crate::generation::{GenerationParams, GenerationRequest, GenerationService, Input, TokenInfo};
 use crate::metrics::{Endpoint, Outcome, RequestMetrics};
-use crate::random::random_seed;
+use crate::random::{random_seed, request_id};
 use crate::served_model::ServedModel;
 use crate::served_models::Task;
 
@@ -248,6 +248,20 @@ pub(super) async fn detokenize(
         receive::<DetokenizeBody>(&service, Endpoint::Detokenize, request).await?;
     let prompt = service.detokenize(body.tokens).await?;
     Ok(json_response(json(&Answer { prompt }), &body.ignored))
+}
+
+/// `GET /tokenizer_info`
+pub(super) async fn tokenizer_info(State(service): State<GenerationService>) -> Result<Response, Failure> {
+    let model = service.clone();
+    let read = tokio::task::spawn_blocking(move || model.model().tokenizer_config()).await;
+    match read {
+        Ok(Ok(config)) => Ok(json_response(json(&config), &Ignored::default())),
+        failed => {
+            let request_id = request_id();
+            tracing::error!(request_id, failed = ?failed.map(|read| read.map(|_| ())), "cannot read the tokenizer");
+            Err(ApiError::Internal { request_id }.into())
+        }
+    }
 }
 
 #[derive(Serialize)]

@@ -255,7 +255,7 @@ const fn post(
     Operation { method: "post", path, tag, about, num_required, fields, answers }
 }
 
-const OPERATIONS: [Operation; 38] = [
+const OPERATIONS: [Operation; 39] = [
     post("OpenAI", "/v1/chat/completions", "Answers a conversation", 1, &[CHAT, COMMON, SAMPLING], &[JSON, SSE]),
     post(
         "OpenAI",
@@ -304,6 +304,7 @@ const OPERATIONS: [Operation; 38] = [
     get("Ollama", "/api/version", "The server's version", &[JSON]),
     post("Tokens", "/tokenize", "Tokens of a text or a conversation", 0, &[TOKENIZE], &[JSON]),
     post("Tokens", "/detokenize", "The text of tokens", 1, &[DETOKENIZE], &[JSON]),
+    get("Tokens", "/tokenizer_info", "The tokenizer's configuration and the chat template", &[JSON]),
     get("Operations", "/load", "Requests in flight", &[JSON]),
     get("Operations", "/version", "The server's version", &[JSON]),
     get("Operations", "/openapi.json", "This description", &[JSON]),

@@ -66,6 +66,7 @@ pub(super) fn all() -> Routes {
         .get("/api/version", ollama::version)
         .post("/tokenize", openai::tokenize)
         .post("/detokenize", openai::detokenize)
+        .get("/tokenizer_info", openai::tokenizer_info)
         .get("/load", openai::load)
         .get("/version", openai::version)
         .get("/openapi.json", openapi::described)

@@ -18,7 +18,7 @@ pub(crate) fn engine(server: &Server) -> VllmEngineClient<Router> {
     VllmEngineClient::with_origin(server.grpc.clone(), "http://quire".parse().expect("an address"))
 }
 
-fn inference(server: &Server) -> GrpcInferenceServiceClient<Router> {
+pub(crate) fn inference(server: &Server) -> GrpcInferenceServiceClient<Router> {
     GrpcInferenceServiceClient::with_origin(server.grpc.clone(), "http://quire".parse().expect("an address"))
 }
 

@@ -324,3 +324,60 @@ async fn over_grpc_the_same_bits_come_back() {
     let to_demo = wire::RerankRequest { model: "demo".into(), ..ranked };
     assert_eq!(quire.rerank(to_demo).await.expect_err("refused").code(), Code::InvalidArgument);
 }
+
+/// KServe's and Triton's clients get the same vectors, as they ask for them.
+#[tokio::test]
+async fn vectors_go_over_the_open_inference_protocol() {
+    use quire_proto::inference as kserve;
+    let server = server(&["bert-mean", "bert-rerank"]);
+    let expected = expected("bert-mean");
+    let texts: Vec<&str> = expected["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
+    let input = kserve::model_infer_request::InferInputTensor {
+        name: "text_input".to_owned(),
+        datatype: "BYTES".to_owned(),
+        shape: vec![texts.len() as i64],
+        contents: Some(kserve::InferTensorContents {
+            bytes_contents: texts.iter().map(|text| text.as_bytes().to_vec()).collect(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let request = kserve::ModelInferRequest {
+        model_name: "bert-mean".to_owned(),
+        id: "v-1".to_owned(),
+        inputs: vec![input.clone()],
+        ..Default::default()
+    };
+    let mut client = crate::contracts::inference(&server);
+    let answer = client.model_infer(request.clone()).await.expect("answers").into_inner();
+    let output = &answer.outputs[0];
+    assert_eq!((output.name.as_str(), output.datatype.as_str(), answer.id.as_str()), ("embedding", "FP32", "v-1"));
+    assert_eq!(output.shape, [texts.len() as i64, 32]);
+    let numbers = output.contents.as_ref().expect("contents").fp32_contents.clone();
+    for (vector, found) in expected["vectors"].as_array().unwrap().iter().zip(numbers.chunks(32)) {
+        assert_near(&json!(found), vector, "bert-mean");
+    }
+    // Raw in, raw out: the same bits.
+    let raw: Vec<u8> =
+        texts.iter().flat_map(|text| (text.len() as u32).to_le_bytes().into_iter().chain(text.bytes())).collect();
+    let request_raw = kserve::ModelInferRequest {
+        inputs: vec![kserve::model_infer_request::InferInputTensor { contents: None, ..input.clone() }],
+        raw_input_contents: vec![raw],
+        ..request.clone()
+    };
+    let answer = client.model_infer(request_raw).await.expect("answers").into_inner();
+    let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    assert_eq!(answer.raw_output_contents, [bytes]);
+
+    let described = kserve::ModelMetadataRequest { name: "bert-mean".to_owned(), version: String::new() };
+    let described = client.model_metadata(described).await.expect("answers").into_inner();
+    assert_eq!((described.inputs.len(), described.outputs[0].shape.clone()), (1, vec![-1, 32]));
+    let parameters = [("temperature".to_owned(), kserve::InferParameter::default())];
+    let mut wrong = vec![kserve::ModelInferRequest { model_name: "bert-rerank".to_owned(), ..request.clone() }];
+    wrong.push(kserve::ModelInferRequest { parameters: parameters.into(), ..request.clone() });
+    wrong.push(kserve::ModelInferRequest { inputs: vec![input.clone(), input], ..request.clone() });
+    wrong.push(kserve::ModelInferRequest { model_version: "2".to_owned(), ..request });
+    for request in wrong {
+        assert_eq!(client.model_infer(request).await.expect_err("refused").code(), Code::InvalidArgument);
+    }
+}

@@ -25,6 +25,9 @@ async fn models_version_and_tokens() {
     for body in [json!({"tokens": [VOCAB]}), json!({"tokens": [-1]}), json!({"tokens": "x"}), json!({})] {
         assert_eq!(server.post("/detokenize", &body).await.status, 400, "{body}");
     }
+    let info = server.get("/tokenizer_info").await.json();
+    assert!(info["tokenizer_class"].is_string(), "{info}");
+    assert!(info["chat_template"].as_str().expect("a text").contains("<|im_start|>"));
     for body in [json!({}), json!({"prompt": "a", "messages": []}), json!({"prompt": 5})] {
         assert_eq!(server.post("/tokenize", &body).await.status, 400, "{body}");
     }

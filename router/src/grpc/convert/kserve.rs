@@ -11,22 +11,22 @@ use crate::error::ApiError;
 use crate::generation::{GenerationParams, Limits, StopCause, Usage};
 use crate::http::sampling_of_json;
 use crate::served_model::ServedModel;
-use crate::served_models::{Served, ServedModels};
+use crate::served_models::{Runner, Served, ServedModels};
 
-use super::invalid;
+use super::{invalid, kserve_embed};
 
 /// The one version of a model.
-const VERSION: &str = "1";
+pub(super) const VERSION: &str = "1";
 /// Who computes, where the protocol asks for a platform or a backend.
 const PLATFORM: &str = "quire";
 
-const TEXT_INPUT: &str = "text_input";
+pub(super) const TEXT_INPUT: &str = "text_input";
 const TEXT_OUTPUT: &str = "text_output";
 const SAMPLING: &str = "sampling_parameters";
 const STREAM: &str = "stream";
 const EXCLUDE_INPUT: &str = "exclude_input_in_output";
 /// A parameter of Triton's client library: every request's last response has this one in any case.
-const EMPTY_FINAL: &str = "triton_enable_empty_final_response";
+pub(super) const EMPTY_FINAL: &str = "triton_enable_empty_final_response";
 const FINAL: &str = "triton_final_response";
 
 /// A request that was understood.
@@ -57,7 +57,7 @@ pub(in crate::grpc) fn is_version(version: &str) -> bool {
 pub(in crate::grpc) fn infer(request: wire::ModelInferRequest, limits: &Limits) -> Result<Infer, ApiError> {
     let wire::ModelInferRequest { model_name, model_version, id, parameters, inputs, outputs, raw_input_contents } =
         request;
-    if !matches!(model_version.as_str(), "" | VERSION) {
+    if !is_version(&model_version) {
         return Err(invalid("model_version", "must be empty or 1"));
     }
     if outputs.iter().any(|output| output.name != TEXT_OUTPUT) {
@@ -150,7 +150,7 @@ fn flag(name: &str, values: Vec<Value>) -> Result<bool, ApiError> {
     single(name, values)?.as_bool().ok_or_else(|| invalid(name, "must be of type BOOL"))
 }
 
-fn strings(name: &str, values: Vec<Value>) -> Result<Vec<String>, ApiError> {
+pub(super) fn strings(name: &str, values: Vec<Value>) -> Result<Vec<String>, ApiError> {
     let text = |value| match value {
         Value::String(text) => Ok(text),
         _ => Err(invalid(name, "must be of type BYTES")),
@@ -159,7 +159,7 @@ fn strings(name: &str, values: Vec<Value>) -> Result<Vec<String>, ApiError> {
 }
 
 /// A tensor's elements. Their number is bounded before any is read.
-fn values(
+pub(super) fn values(
     tensor: InferInputTensor,
     raw: Option<Vec<u8>>,
     index: usize,
@@ -355,43 +355,59 @@ fn dims(of_each_prompt: bool) -> Vec<i64> {
     vec![if of_each_prompt { -1 } else { 1 }]
 }
 
-pub(in crate::grpc) fn model_metadata(model: &ServedModel) -> wire::ModelMetadataResponse {
+/// The inputs of a model, and its output: name, type and shape.
+type Tensors = (&'static [(&'static str, wire::DataType, bool, bool)], (&'static str, wire::DataType, Vec<i64>));
+
+fn tensors(runner: &Runner) -> Tensors {
+    match runner {
+        Runner::Generates(_) => (&INPUTS, (TEXT_OUTPUT, wire::DataType::TypeString, dims(true))),
+        // Of texts alone.
+        Runner::Pools(engine) => (&INPUTS[..1], kserve_embed::output(engine.pooling().num_dimensions)),
+    }
+}
+
+pub(in crate::grpc) fn model_metadata(model: &ServedModel, runner: &Runner) -> wire::ModelMetadataResponse {
     use wire::model_metadata_response::TensorMetadata;
-    let tensor = |name: &str, kind, of_each_prompt| TensorMetadata {
+    let tensor = |name: &str, kind, shape| TensorMetadata {
         name: name.to_owned(),
-        datatype: if kind == wire::DataType::TypeBool { "BOOL" } else { "BYTES" }.to_owned(),
-        shape: dims(of_each_prompt),
+        datatype: match kind {
+            wire::DataType::TypeBool => "BOOL",
+            wire::DataType::TypeFp32 => "FP32",
+            wire::DataType::TypeString | wire::DataType::TypeInvalid => "BYTES",
+        }
+        .to_owned(),
+        shape,
     };
+    let (inputs, (output, kind, shape)) = tensors(runner);
     wire::ModelMetadataResponse {
         name: model.name().to_owned(),
         versions: vec![VERSION.to_owned()],
         platform: PLATFORM.to_owned(),
-        inputs: INPUTS.map(|(name, kind, of_each_prompt, _)| tensor(name, kind, of_each_prompt)).to_vec(),
-        outputs: vec![tensor(TEXT_OUTPUT, wire::DataType::TypeString, true)],
+        inputs: inputs.iter().map(|&(name, kind, each, _)| tensor(name, kind, dims(each))).collect(),
+        outputs: vec![tensor(output, kind, shape)],
     }
 }
 
-pub(in crate::grpc) fn model_config(model: &ServedModel) -> wire::ModelConfigResponse {
-    let input = |(name, kind, of_each_prompt, optional): (&str, wire::DataType, bool, bool)| wire::ModelInput {
+pub(in crate::grpc) fn model_config(model: &ServedModel, runner: &Runner) -> wire::ModelConfigResponse {
+    let input = |&(name, kind, of_each_prompt, optional): &(&str, wire::DataType, bool, bool)| wire::ModelInput {
         name: name.to_owned(),
         data_type: kind.into(),
         dims: dims(of_each_prompt),
         optional,
     };
-    let output = wire::ModelOutput {
-        name: TEXT_OUTPUT.to_owned(),
-        data_type: wire::DataType::TypeString.into(),
-        dims: dims(true),
-    };
+    let (inputs, (output, kind, dims)) = tensors(runner);
+    let output = wire::ModelOutput { name: output.to_owned(), data_type: kind.into(), dims };
     let config = wire::ModelConfig {
         name: model.name().to_owned(),
         platform: PLATFORM.to_owned(),
         // Batches are the server's business: a request has no dimension for them.
         max_batch_size: 0,
-        input: INPUTS.map(input).to_vec(),
+        input: inputs.iter().map(input).collect(),
         output: vec![output],
         backend: PLATFORM.to_owned(),
-        model_transaction_policy: Some(wire::ModelTransactionPolicy { decoupled: true }),
+        model_transaction_policy: Some(wire::ModelTransactionPolicy {
+            decoupled: matches!(runner, Runner::Generates(_)),
+        }),
     };
     wire::ModelConfigResponse { config: Some(config) }
 }
