@@ -276,7 +276,12 @@ pub(crate) fn read_config(source: &ModelSource, name: &str) -> Result<Option<Cow
     read_bounded(source, name, MAX_CONFIG_BYTES)
 }
 
-fn read_bounded(source: &ModelSource, name: &str, max_bytes: u64) -> Result<Option<Cow<'static, [u8]>>, EngineError> {
+/// A whole file of at most so many bytes; `None` where there is none of this name.
+pub(crate) fn read_bounded(
+    source: &ModelSource,
+    name: &str,
+    max_bytes: u64,
+) -> Result<Option<Cow<'static, [u8]>>, EngineError> {
     if let ModelSource::Directory(directory) = source {
         match std::fs::metadata(directory.join(name)) {
             Ok(metadata) if !metadata.is_file() => return Err(file_error(name, "is not a file")),

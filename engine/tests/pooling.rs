@@ -12,7 +12,8 @@ use serde_json::Value;
 
 /// f32 sums of some hundred terms in another order.
 const TOLERANCE: f64 = 1e-4;
-const CASES: [&str; 6] = ["bert-cls-raw", "bert-mean", "bert-rerank", "qwen3-last", "xlmr-cls", "xlmr-rerank"];
+const CASES: [&str; 7] =
+    ["bert-cls-raw", "bert-mean", "bert-rerank", "qwen3-last", "qwen3-rerank", "xlmr-cls", "xlmr-rerank"];
 
 fn source(name: &str) -> ModelSource {
     ModelSource::Directory(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/embedders").join(name))
@@ -190,7 +191,7 @@ async fn weights_of_fewer_bits_point_the_same_way() {
     }
     // A shape without its files, to measure.
     let engine = EngineConfig { load_format: LoadFormat::Dummy, ..engine() };
-    for name in ["bert-mean", "xlmr-rerank", "qwen3-last"] {
+    for name in ["bert-mean", "xlmr-rerank", "qwen3-last", "qwen3-rerank"] {
         let handle = pooling::start(&source(name), &engine, &settings(512, 8), Box::new(Recorder::default()), 0);
         let input = PoolingInput { token_ids: vec![5, 6, 7], second_from: None };
         assert_eq!(handle.unwrap().compute(vec![input], None).await.unwrap().len(), 1, "{name}");

@@ -53,7 +53,11 @@ impl ModelConfig {
     pub(crate) fn parse(json: &[u8]) -> Result<Self, EngineError> {
         let root = parse_object("config.json", json)?;
         let fields = Fields { object: &root, prefix: "" };
-        let architecture = fields.architecture()?;
+        let mut architecture = fields.architecture()?;
+        if fields.get("classifier_from_token").is_some() {
+            // A decoder whose answers to a question are its classes: the files are those of the decoder.
+            architecture = architecture.replace("ForSequenceClassification", "ForCausalLM");
+        }
         let (family, facts_of) = *ARCHITECTURES
             .iter()
             .find(|(name, ..)| *name == architecture || architecture == model_type_of(name))

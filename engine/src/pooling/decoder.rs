@@ -1,9 +1,10 @@
-//! Decoders that were trained as embedders: the last token's normalised hidden state. A text that is longer than a batch is
+//! Decoders that were trained as embedders (the last token's normalised hidden state) or rerankers ([`Judge`]). A text that is longer than a batch is
 //! computed in chunks; the KV cache holds one batch, or one text of the longest length, and is written anew by each.
 
 use quire_kernels::{Backend, DType, KernelError, KvLayout, StepLimits};
 
 use super::handle::PoolingInput;
+use super::judge::Judge;
 use super::spec::{Pooling, PoolingInfo, PoolingTask, Spec};
 use super::{Loaded, Plan, Pooler, normalize};
 use crate::error::EngineError;
@@ -19,6 +20,7 @@ use crate::models::loader::WeightChoice;
 pub(super) struct DecoderPooler<B: Backend> {
     backend: B,
     decoder: Decoder<B>,
+    judge: Option<Judge>,
     normalize: bool,
     limits: BatchLimits,
     block_size: usize,
@@ -90,10 +92,17 @@ impl Sizes {
     }
 }
 
+/// Whether a model judges, and what else its files say.
+fn judge_and_spec(plan: &Plan<'_>) -> Result<(Option<Judge>, Spec), EngineError> {
+    let judge = Judge::read(plan.source)?;
+    let spec = if judge.is_some() { Spec::of_judge() } else { Spec::read(plan.source, Pooling::Last)? };
+    Ok((judge, spec))
+}
+
 /// Bytes of a decoder: of its weights, and of its cache and a batch's buffers.
 pub(super) fn expected_bytes<B: Backend>(backend: &B, plan: &Plan<'_>) -> Result<(u64, u64), EngineError> {
     let ModelFiles { config, weights, .. } = ModelFiles::open(plan.source, plan.engine)?;
-    let spec = Spec::read(plan.source, Pooling::Last)?;
+    let (_, spec) = judge_and_spec(plan)?;
     let dtype = dtype(plan.engine.dtype, weights.dtype_of(EMBEDDING).or(config.dtype));
     let choice = WeightChoice { dtype, quantize: plan.engine.quantize };
     let sizes = Sizes::of(&config, dtype, plan, &spec)?;
@@ -104,7 +113,7 @@ pub(super) fn expected_bytes<B: Backend>(backend: &B, plan: &Plan<'_>) -> Result
 impl<B: Backend> DecoderPooler<B> {
     pub(super) fn load(mut backend: B, plan: &Plan<'_>) -> Result<Loaded<Self>, EngineError> {
         let ModelFiles { mut config, weights, .. } = ModelFiles::open(plan.source, plan.engine)?;
-        let spec = Spec::read(plan.source, Pooling::Last)?;
+        let (judge, spec) = judge_and_spec(plan)?;
         if spec.pooling != Pooling::Last {
             return Err(unsupported("pooling", "decoders are served with the last token's pooling"));
         }
@@ -114,20 +123,33 @@ impl<B: Backend> DecoderPooler<B> {
         let Sizes { max_len, limits, layouts, kv_dtype } = Sizes::of(&config, dtype, plan, &spec)?;
         let kv_bytes: u64 = layouts.iter().map(|layout| layout.total_bytes() as u64).sum();
         let weight_bytes = Decoder::expected_weight_bytes(&backend, &config, choice);
-        let buffers = Decoder::<B>::expected_buffer_bytes(&config, limits.num_tokens);
+        let mut buffers = Decoder::<B>::expected_buffer_bytes(&config, limits.num_tokens);
+        if judge.is_some() {
+            buffers += (backend.logits_tile() * config.vocab_size * DType::F32.size()) as u64;
+        }
         plan.check_fits("weights, the cache and the buffers of a batch", weight_bytes + kv_bytes + buffers)?;
         let windows = config.kv_groups();
-        let decoder =
-            Decoder::load(&mut backend, config, &weights, choice, limits.num_tokens, &windows, Output::Hidden)?;
+        let output = if judge.is_some() { Output::Logits } else { Output::Hidden };
+        let decoder = Decoder::load(&mut backend, config, &weights, choice, limits.num_tokens, &windows, output)?;
         let (config, size) = (decoder.config(), decoder.size());
         let block_size = plan.settings.block_size as usize;
         let max_num_blocks = max_len.div_ceil(block_size);
+        if let Some(judge) = judge
+            && judge.answers.iter().any(|id| *id as usize >= config.vocab_size)
+        {
+            return Err(unsupported("vocab_size", "is less than the tokens of a reranker's answers"));
+        }
+        let (task, num_dimensions) = match judge {
+            Some(_) => (PoolingTask::Score, 1),
+            None => (PoolingTask::Embed, config.hidden_size as u32),
+        };
         let pooling = PoolingInfo {
-            task: PoolingTask::Embed,
-            num_dimensions: config.hidden_size as u32,
+            task,
+            num_dimensions,
             is_normalized: spec.normalize,
             prompts: spec.prompts,
             default_prompt: spec.default_prompt,
+            pair_prompt: judge.map(|judge| judge.prompt),
         };
         let info = ModelInfo {
             architecture: config.architecture.to_owned(),
@@ -163,6 +185,7 @@ impl<B: Backend> DecoderPooler<B> {
         let pooler = Self {
             backend,
             decoder,
+            judge,
             normalize: spec.normalize,
             limits,
             block_size,
@@ -245,6 +268,28 @@ impl<B: Backend> DecoderPooler<B> {
     }
 }
 
+impl<B: Backend> DecoderPooler<B> {
+    /// Scores of the texts of the last forward pass.
+    fn scores(&mut self, judge: &Judge, num_texts: usize) -> Result<Vec<Vec<f32>>, KernelError> {
+        let Self { backend, decoder, arrays, .. } = self;
+        let (vocab_size, tile) = (decoder.config().vocab_size, backend.logits_tile());
+        let mut scores = Vec::with_capacity(num_texts);
+        for first in (0..num_texts).step_by(tile) {
+            let num_rows = tile.min(num_texts - first);
+            decoder.compute_logits(backend, &arrays.gather, first, num_rows)?;
+            for row in 0..num_rows {
+                let mut logits = [[0.0]; 2];
+                for (logit, id) in logits.iter_mut().zip(judge.answers) {
+                    backend.read_f32(decoder.logits(), row * vocab_size + id as usize, logit)?;
+                }
+                let [[no], [yes]] = logits;
+                scores.push(vec![Judge::score(no, yes)]);
+            }
+        }
+        Ok(scores)
+    }
+}
+
 impl HostArrays {
     fn clear(&mut self) {
         let Self { tokens, positions, slots, cu_seqlens, context_lens, block_tables, gather } = self;
@@ -298,6 +343,9 @@ impl<B: Backend> Pooler for DecoderPooler<B> {
                 self.forward(&texts)?;
             }
         }
-        Ok(self.last_states(batch.len())?)
+        Ok(match self.judge {
+            Some(judge) => self.scores(&judge, batch.len())?,
+            None => self.last_states(batch.len())?,
+        })
     }
 }

@@ -56,6 +56,7 @@ impl<B: Backend> EncoderPooler<B> {
             is_normalized: spec.normalize && !is_score,
             prompts: spec.prompts,
             default_prompt: spec.default_prompt,
+            pair_prompt: None,
         };
         let info = ModelInfo {
             architecture: config.architecture.to_owned(),

@@ -273,6 +273,7 @@ mod tests {
             is_normalized: true,
             prompts: BTreeMap::new(),
             default_prompt: None,
+            pair_prompt: None,
         };
         let shared = Shared::new(fake_model(100), pooling, 10);
         let job = |len| {

@@ -1,4 +1,4 @@
-//! Models that answer with a vector or a score of a text: encoders, and decoders that were trained as embedders.
+//! Models that answer with a vector or a score of a text: encoders, and decoders that were trained as embedders or rerankers.
 //!
 //! One thread, as in generation, but without a scheduler: a text is computed once and gone. Waiting requests take turns, a
 //! text each, until a batch is full; encoders compute whole texts, decoders long ones in chunks. What comes out of a text
@@ -11,9 +11,11 @@ mod batch_loop;
 mod decoder;
 mod encoder;
 mod handle;
+mod judge;
 mod spec;
 
 pub use handle::{PoolingError, PoolingHandle, PoolingInput};
+pub use judge::PairPrompt;
 pub use spec::{Pooling, PoolingInfo, PoolingTask};
 
 use quire_kernels::Backend;
@@ -39,7 +41,8 @@ pub enum ModelKind {
     Pools,
 }
 
-/// What a model's files say it is for: encoders, and whatever has a `modules.json` of sentence-transformers, pool.
+/// What a model's files say it is for: encoders, whatever has a `modules.json` of sentence-transformers, and decoders that
+/// judge pairs of texts pool.
 pub fn kind_of(source: &ModelSource) -> Result<ModelKind, EngineError> {
     if matches!(source, ModelSource::Gguf(_)) {
         return Ok(ModelKind::Generates);
@@ -48,7 +51,7 @@ pub fn kind_of(source: &ModelSource) -> Result<ModelKind, EngineError> {
         Some(json) => encoder_architecture(&json)?.is_some(),
         None => false,
     };
-    let pools = is_encoder || Spec::is_described(source)?;
+    let pools = is_encoder || Spec::is_described(source)? || judge::judges(source)?;
     Ok(if pools { ModelKind::Pools } else { ModelKind::Generates })
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
+use super::judge::PairPrompt;
 use crate::error::EngineError;
 use crate::models::config::{parse_object, unsupported};
 use crate::source::ModelSource;
@@ -48,6 +49,8 @@ pub struct PoolingInfo {
     pub prompts: BTreeMap<String, String>,
     /// What stands before a text where a request names nothing.
     pub default_prompt: Option<String>,
+    /// How pairs are put to a model that is no cross-encoder.
+    pub pair_prompt: Option<PairPrompt>,
 }
 
 /// What the files say.
@@ -64,6 +67,12 @@ impl Spec {
     /// Whether the files describe a pipeline of sentence-transformers.
     pub(crate) fn is_described(source: &ModelSource) -> Result<bool, EngineError> {
         Ok(read_config(source, MODULES)?.is_some())
+    }
+
+    /// Of a model that judges: whatever else the files describe is about how another program asks it.
+    pub(crate) fn of_judge() -> Self {
+        let pooling = Pooling::Last;
+        Self { pooling, normalize: false, max_len: None, prompts: BTreeMap::new(), default_prompt: None }
     }
 
     /// Reads the files. A model without `modules.json` gets `fallback` and vectors of length 1.

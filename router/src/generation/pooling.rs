@@ -5,7 +5,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures::future::poll_fn;
-use quire_engine::pooling::{PoolingError, PoolingHandle, PoolingInput, PoolingTask};
+use quire_engine::pooling::{PairPrompt, PoolingError, PoolingHandle, PoolingInput, PoolingTask};
 use tracing::Instrument;
 
 use crate::error::ApiError;
@@ -160,10 +160,15 @@ impl GenerationService {
             self.check_count(param, pairs.len())?;
             let encoder = running.encoder(request.truncation, param)?;
             let is_reranker = running.engine.pooling().task == PoolingTask::Score;
+            let pair_prompt = running.engine.pooling().pair_prompt;
             let prompt = running.engine.pooling().default_prompt.clone();
             let encode = move || -> Result<(Vec<PoolingInput>, Vec<[usize; 2]>), ApiError> {
                 if is_reranker {
-                    let inputs = pairs.iter().map(|pair| encoder.pair(pair)).collect::<Result<_, _>>()?;
+                    let encode = |pair| match &pair_prompt {
+                        Some(prompt) => encoder.question(prompt, pair),
+                        None => encoder.pair(pair),
+                    };
+                    let inputs = pairs.iter().map(encode).collect::<Result<_, _>>()?;
                     return Ok((inputs, Vec::new()));
                 }
                 encoder.each_text_once(&pairs, prompt.as_deref())
@@ -372,6 +377,16 @@ impl TextEncoder {
         self.checked(PoolingInput { token_ids, second_from: Some(second_from) })
     }
 
+    /// A pair as it is put to a model that judges: its own words, and texts that are nothing but text.
+    fn question(&self, prompt: &PairPrompt, pair: &TextPair) -> Result<PoolingInput, ApiError> {
+        let own = |text| self.encoded(text, SpecialTokens::Parsed);
+        let (head, tail) = (own(prompt.head)?, own(prompt.tail)?);
+        let body = [prompt.lead, &pair.first, prompt.between, &pair.second].concat();
+        let mut body = self.plain(&body)?;
+        self.cut(&mut body, head.len() + tail.len());
+        self.checked(PoolingInput { token_ids: [head, body, tail].concat(), second_from: None })
+    }
+
     /// Texts of pairs, those that are there more than once once, and where each pair's are.
     fn each_text_once(
         &self,
@@ -396,7 +411,11 @@ impl TextEncoder {
     }
 
     fn plain(&self, text: &str) -> Result<Vec<u32>, ApiError> {
-        self.tokenizer.encode(text, self.special_tokens, false).map_err(|error: EncodeError| ApiError::InvalidRequest {
+        self.encoded(text, self.special_tokens)
+    }
+
+    fn encoded(&self, text: &str, special_tokens: SpecialTokens) -> Result<Vec<u32>, ApiError> {
+        self.tokenizer.encode(text, special_tokens, false).map_err(|error: EncodeError| ApiError::InvalidRequest {
             param: Some(self.param.to_owned()),
             message: format!("`{}`: {error}", self.param),
         })

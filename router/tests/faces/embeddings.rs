@@ -136,7 +136,7 @@ async fn what_is_not_served_is_refused_by_name() {
 
 #[tokio::test]
 async fn pairs_get_the_scores_of_transformers_and_documents_an_order() {
-    let names = ["bert-rerank", "xlmr-rerank"];
+    let names = ["bert-rerank", "xlmr-rerank", "qwen3-rerank"];
     let server = server(&names);
     for name in names {
         let expected = expected(name);
