@@ -58,6 +58,9 @@ pub enum QuantizeChoice {
     /// Weights are stored as `dtype` says.
     #[default]
     None,
+    /// Floats of 8 bits (e4m3), one scale for 128 weights, multiplied in bf16; the vocabulary's weights are those of `int8`,
+    /// which are rounded less.
+    Fp8,
     /// 8 bits, one scale for 128 weights: half the memory of bf16 and twice its pace.
     Int8,
     /// 4 bits with a scale and a minimum for 32 weights; the vocabulary's weights get 8.
@@ -111,7 +114,8 @@ pub struct EngineConfig {
     pub module_cache: String,
     /// `auto` keeps what the files have; `bf16` halves memory and doubles the pace of f32.
     pub dtype: DTypeChoice,
-    /// `int8` and `int4` shrink weights to a half and a third when they are loaded, at some cost in quality.
+    /// `int8` and `int4` shrink weights to a half and a third when they are loaded, at some cost in quality. `fp8` takes as much
+    /// as `int8` and leaves activations in bf16.
     pub quantize: QuantizeChoice,
     /// `auto` stores the KV cache as `dtype` says; `int8` holds almost twice as many tokens as `bf16` in the same memory,
     /// and attention over long contexts is faster, for outputs that differ a little.

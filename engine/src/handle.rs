@@ -91,7 +91,7 @@ pub struct ModelInfo {
     pub kv_cache_bytes: u64,
     /// Of a device with memory of its own.
     pub device_memory: Option<DeviceMemoryUse>,
-    /// What most weights are stored as: `f32`, `bf16`, `int8`, `int4`.
+    /// What most weights are stored as: `f32`, `bf16`, `fp8`, `int8`, `int4`.
     pub weight_format: &'static str,
     /// What weights that are not quantized are stored as.
     pub dtype: &'static str,

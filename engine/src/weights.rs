@@ -2,6 +2,8 @@
 //!
 //! Files are mapped while weights are packed and unmapped when [`Weights`] is dropped; nothing of a file stays in use.
 
+mod fp8;
+
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -251,12 +253,33 @@ impl Weights {
                 if entry.shape != shape {
                     return Err(error(format!("has shape {:?}, the configuration asks for {shape:?}", entry.shape)));
                 }
-                let format = entry
-                    .format
-                    .map_err(|format| error(format!("is stored as {format:?}; F32, F16 and BF16 are served")))?;
                 entry.is_read.set(true);
                 // The header's check says that the range holds exactly what shape and type ask for.
-                let bytes = &blobs[entry.blob].bytes()[entry.range.clone()];
+                let bytes_of = |entry: &Entry| &blobs[entry.blob].bytes()[entry.range.clone()];
+                let bytes = bytes_of(entry);
+                let format = match entry.format {
+                    Ok(format) => format,
+                    Err(FileDtype::F8_E4M3) => {
+                        let scales = fp8::SCALES.iter().find_map(|suffix| index.get(&format!("{name}{suffix}")));
+                        let scales = scales.ok_or_else(|| error("is stored as F8_E4M3 without scales".to_owned()))?;
+                        let scale_format = scales.format.ok().filter(|format| format.is_dense());
+                        let scale_format =
+                            scale_format.ok_or_else(|| error("has scales that are no numbers".to_owned()))?;
+                        let mut values = vec![0.0; scales.shape.iter().product()];
+                        scale_format.decode(bytes_of(scales), &mut values);
+                        scales.is_read.set(true);
+                        // What activations were to be rounded with: here they stay bf16, which rounds them less.
+                        if let Some(module) = name.strip_suffix(".weight") {
+                            index.get(&format!("{module}.input_scale")).inspect(|entry| entry.is_read.set(true));
+                        }
+                        let scales = fp8::Scales { values, shape: scales.shape.clone() };
+                        let (format, bytes) = fp8::tensor(bytes, rows, cols, &scales).map_err(error)?;
+                        return Ok(Tensor { format, rows, cols, bytes: Cow::Owned(bytes) });
+                    }
+                    Err(format) => {
+                        return Err(error(format!("is stored as {format:?}; F32, F16, BF16 and F8_E4M3 are served")));
+                    }
+                };
                 let bytes = match entry.interleaved_heads {
                     None => Cow::Borrowed(bytes),
                     Some(num_heads) => {

@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use quire_engine::scheduler::FinishReason;
 use quire_engine::testing::{self, TinyModel, read_all, start_on, submission, tiny_model};
-use quire_engine::{EngineConfig, EngineError, EngineHandle, EngineHealth, LoadFormat, SchedulerSettings, TokenEvent};
+use quire_engine::{
+    DTypeChoice, EngineConfig, EngineError, EngineHandle, EngineHealth, LoadFormat, QuantizeChoice, SchedulerSettings,
+    TokenEvent,
+};
 use quire_kernels::KernelError;
 use quire_kernels::cuda::recorder::{Call, Calls, Memory, Recorder};
 use quire_kernels::cuda::{Arg, CudaBackend, DevicePtr, KernelId, Launch};
@@ -59,14 +62,22 @@ fn sample(
 fn start_card(
     choose: impl Fn(u32, u32) -> Result<u32, KernelError> + Send + 'static,
 ) -> (EngineHandle, Calls, testing::Recorder) {
+    let engine = EngineConfig { load_format: LoadFormat::Dummy, ..EngineConfig::default() };
+    start_card_with(&engine, &settings(), choose)
+}
+
+fn start_card_with(
+    engine: &EngineConfig,
+    settings: &SchedulerSettings,
+    choose: impl Fn(u32, u32) -> Result<u32, KernelError> + Send + 'static,
+) -> (EngineHandle, Calls, testing::Recorder) {
     let mut card = Recorder::new(CARD_BYTES);
     let calls = card.calls();
     card.set_effect(SAMPLE, move |launch, memory| sample(launch, memory, &choose));
     let observer = testing::Recorder::default();
-    let engine = EngineConfig { load_format: LoadFormat::Dummy, ..EngineConfig::default() };
     let backend = CudaBackend::new(card).unwrap();
     let source = tiny_model(1, TinyModel::Llama);
-    let handle = start_on(backend, &source, &engine, &settings(), Box::new(observer.clone())).unwrap();
+    let handle = start_on(backend, &source, engine, settings, Box::new(observer.clone())).unwrap();
     (handle, calls, observer)
 }
 
@@ -248,29 +259,53 @@ fn a_share_of_memory_is_not_passed() {
     assert!(info.weight_bytes + info.kv_cache_bytes + memory.working + memory.left <= share);
 }
 
-/// A layer is six launches where few rows are multiplied by bf16: norms come with products. The first has its norm for itself,
-/// since embeddings have no sums of squares.
+/// A layer is six launches, whatever its weights are stored as and however many rows there are: norms and rounding come with
+/// products. The first has its norm for itself, since embeddings have no sums of squares.
 #[tokio::test]
-async fn a_layer_of_a_decode_step_is_at_most_seven_launches() {
-    let (handle, calls, _) = start_card(plain);
-    calls.take();
-    generate(&handle, &[5, 6, 7], 2).await;
-    let calls = calls.take();
-    let kernels: Vec<KernelId> = calls
-        .iter()
-        .filter_map(|call| match call {
-            Call::Launch { kernel, .. } => Some(*kernel),
-            _ => None,
-        })
-        .collect();
-    let last = |module| kernels.iter().rposition(|kernel| kernel.module == module).unwrap();
-    // Of the step that decodes, two layers.
-    let layers: Vec<&str> =
-        kernels[last("embed") + 1..last("gather_rows")].iter().map(|kernel| kernel.module).collect();
-    let layer = ["linear", "rope_kv_write", "paged_attention", "linear", "linear", "linear"];
-    assert_eq!(layers, [&["rms_norm"][..], &layer, &layer].concat());
-    let functions: Vec<&str> =
-        kernels[..last("gather_rows")].iter().rev().take(6).map(|kernel| kernel.function).collect();
-    let (plain, normed) = ("linear_bf16_x8", "linear_bf16_x8_norm");
-    assert_eq!([functions[0], functions[1], functions[2], functions[5]], [plain, normed, plain, normed]);
+async fn a_layer_is_six_launches_in_every_format_and_at_every_number_of_rows() {
+    use {DTypeChoice::Bf16, DTypeChoice::F32, QuantizeChoice as Q};
+    // Products of one row, of 7, of 20, and of 60.
+    let formats = [
+        (F32, Q::None, ["linear_f32"; 4]),
+        (Bf16, Q::None, ["linear_bf16_x8", "linear_bf16_x8", "linear_bf16_x32", "linear_bf16_t64"]),
+        (Bf16, Q::Fp8, ["linear_fp8_t8", "linear_fp8_t8", "linear_fp8_t32", "linear_fp8_t64"]),
+        // Of 64 and 96 input features, no whole number of 128.
+        (
+            Bf16,
+            Q::Int8,
+            ["linear_int8_short_t8", "linear_int8_short_t8", "linear_int8_short_t32", "linear_int8_short_t64"],
+        ),
+        (Bf16, Q::Int4, ["linear_int4_t8", "linear_int4_t8", "linear_int4_t32", "linear_int4_t64"]),
+    ];
+    let settings = SchedulerSettings { max_num_batched_tokens: 64, ..settings() };
+    for (dtype, quantize, functions) in formats {
+        let engine = EngineConfig { dtype, quantize, load_format: LoadFormat::Dummy, ..EngineConfig::default() };
+        let (handle, calls, _) = start_card_with(&engine, &settings, plain);
+        for (prompt_len, of_prompt) in [7, 20, 60].into_iter().zip(&functions[1..]) {
+            calls.take();
+            generate(&handle, &vec![5; prompt_len], 2).await;
+            let calls = calls.take();
+            let kernels = calls.iter().filter_map(|call| match call {
+                Call::Launch { kernel, .. } => Some(*kernel),
+                _ => None,
+            });
+            let kernels: Vec<KernelId> = kernels.collect();
+            // The prompt's step, then one that decodes unless it is replayed.
+            let steps: Vec<&[KernelId]> = kernels
+                .split(|kernel| kernel.module == "embed")
+                .skip(1)
+                .map(|step| &step[..step.iter().position(|kernel| kernel.module == "gather_rows").unwrap()])
+                .collect();
+            assert!((1..=2).contains(&steps.len()));
+            for (step, function) in steps.into_iter().zip([of_prompt, &functions[0]]) {
+                let modules: Vec<&str> = step.iter().map(|kernel| kernel.module).collect();
+                let layer = ["linear", "rope_kv_write", "paged_attention", "linear", "linear", "linear"];
+                assert_eq!(modules, [&["rms_norm"][..], &layer, &layer].concat());
+                let products = step.iter().filter(|kernel| kernel.module == "linear");
+                for kernel in products {
+                    assert_eq!(kernel.function.trim_end_matches("_norm"), *function, "{quantize:?}");
+                }
+            }
+        }
+    }
 }

@@ -8,8 +8,10 @@ use std::path::Path;
 use quire_engine::testing::gguf::gguf_twins;
 use quire_engine::testing::{Recorder, prompt_logits, read_all, start_on_cpu, submission};
 use quire_engine::{DTypeChoice, EngineConfig, ModelSource, QuantizeChoice, SchedulerSettings};
-use quire_kernels::TensorFormat;
 use quire_kernels::cpu::Isa;
+use quire_kernels::{TensorFormat, e4m3};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 
 const NUM_TEXTS: usize = 6;
 const TEXT_LEN: u32 = 140;
@@ -83,7 +85,12 @@ fn folder(path: &str) -> ModelSource {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demo_model_keeps_its_distributions() {
     use {DTypeChoice::Bf16, QuantizeChoice as Q};
-    let formats = [("bf16", Bf16, Q::None, 5e-5), ("int8", Bf16, Q::Int8, 1e-3), ("int4", Bf16, Q::Int4, 5e-2)];
+    let formats = [
+        ("bf16", Bf16, Q::None, 5e-5),
+        ("fp8", Bf16, Q::Fp8, 1e-2),
+        ("int8", Bf16, Q::Int8, 1e-3),
+        ("int4", Bf16, Q::Int4, 5e-2),
+    ];
     measure("demo", &folder("../router/demo"), &formats).await;
 }
 
@@ -139,5 +146,82 @@ async fn blocks_of_files_keep_the_demo_models_distributions() {
             100.0 * same
         );
         assert!(divergence >= 0.0 && divergence < most, "{}: {divergence:.2e} nats", format.name());
+    }
+}
+
+/// A tensor of a file: its name, type, shape and bytes.
+type Written = (String, Dtype, Vec<usize>, Vec<u8>);
+
+/// The demo model with `<name>_scale_inv` or `<name>_scale` beside weights of 8-bit floats, as makers of such files write them,
+/// and one that holds in f32 what these weights are. Rows of 704 numbers, no whole number of 128, are among them.
+fn fp8_twins(folder: &Path, has_blocks: bool) -> [ModelSource; 2] {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../router/demo");
+    let file = std::fs::read(demo.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&file).unwrap();
+    let mut written: [Vec<Written>; 2] = Default::default();
+    let f32_bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    for (name, view) in tensors.iter() {
+        let (shape, bytes) = (view.shape().to_vec(), view.data());
+        if !name.ends_with("_proj.weight") {
+            written
+                .iter_mut()
+                .for_each(|list| list.push((name.to_owned(), view.dtype(), shape.clone(), bytes.to_vec())));
+            continue;
+        }
+        let (rows, cols) = (shape[0], shape[1]);
+        let mut values = vec![0.0; rows * cols];
+        TensorFormat::Bf16.decode(bytes, &mut values);
+        let (down, across) = if has_blocks { (128, 128) } else { (1, cols) };
+        let num_across = cols.div_ceil(across);
+        let mut scales = vec![0.0_f32; rows.div_ceil(down) * num_across];
+        let place = |index: usize| index / cols / down * num_across + index % cols / across;
+        for (index, value) in values.iter().enumerate() {
+            let scale = &mut scales[place(index)];
+            *scale = scale.max(value.abs() / e4m3::MAX);
+        }
+        let codes: Vec<u8> =
+            values.iter().enumerate().map(|(index, value)| e4m3::from_f32(value / scales[place(index)])).collect();
+        let exact: Vec<f32> =
+            codes.iter().enumerate().map(|(index, &code)| e4m3::to_f32(code) * scales[place(index)]).collect();
+        let (suffix, scale_shape) =
+            if has_blocks { ("_scale_inv", vec![rows.div_ceil(128), num_across]) } else { ("_scale", vec![rows, 1]) };
+        written[0].push((name.to_owned(), Dtype::F8_E4M3, shape.clone(), codes));
+        written[0].push((format!("{name}{suffix}"), Dtype::F32, scale_shape, f32_bytes(&scales)));
+        written[1].push((name.to_owned(), Dtype::F32, shape, f32_bytes(&exact)));
+    }
+    let mut index = 0;
+    written.map(|list| {
+        let folder = folder.join(format!("{has_blocks}-{index}"));
+        std::fs::create_dir(&folder).unwrap();
+        let views = list
+            .iter()
+            .map(|(name, dtype, shape, bytes)| (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+        let mut config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(demo.join("config.json")).unwrap()).unwrap();
+        if index == 0 {
+            config["quantization_config"] = serde_json::json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
+        }
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        index += 1;
+        ModelSource::Directory(folder)
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn checkpoints_of_8_bit_floats_are_served_as_they_are() {
+    let texts = own_texts(&folder("../router/demo")).await;
+    let temp = tempfile::tempdir().unwrap();
+    for has_blocks in [true, false] {
+        let [native, exact] = fp8_twins(temp.path(), has_blocks);
+        let logits = |source: &ModelSource, dtype| {
+            prompt_logits(source, Isa::detect(), &config(dtype, QuantizeChoice::None), &texts, 256).unwrap()
+        };
+        let exact = logits(&exact, DTypeChoice::F32);
+        let (divergence, same) =
+            divergence(&exact, &logits(&native, DTypeChoice::Bf16), exact[0].len() / texts[0].len());
+        println!("blocks {has_blocks}: KL {divergence:.2e} nats, same first choice {:.1} %", 100.0 * same);
+        // No more than bf16 loses.
+        assert!(divergence < 5e-5, "{divergence:.2e} nats");
     }
 }

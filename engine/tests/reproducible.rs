@@ -287,6 +287,12 @@ async fn llama_in_8_bits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn llama_in_8_bit_floats() {
+    let setup = Setup::new(tiny_model(5, TinyModel::Llama), Isa::detect(), 17);
+    check_all(Setup { quantize: QuantizeChoice::Fp8, ..setup }, 15).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn llama_in_4_bits() {
     let setup = Setup::new(tiny_model(6, TinyModel::Llama), Isa::detect(), 17);
     check_all(Setup { quantize: QuantizeChoice::Int4, ..setup }, 16).await;

@@ -16,9 +16,10 @@ use quire_kernels::{Backend, DType, HostTensor, TensorFormat, WeightFormat, Weig
 const SHAPES: [(usize, usize); 4] = [(1152, 896), (9728, 896), (896, 4864), (151_936, 896)];
 const NUM_ROWS: [usize; 4] = [1, 8, 32, 512];
 
-/// `--quantize int8` and `int4`, and what `Q8_0` and `Q4_0` files hold.
-const FORMATS: [(&str, WeightFormat); 5] = [
+/// `--quantize fp8`, `int8` and `int4`, and what `Q8_0` and `Q4_0` files hold.
+const FORMATS: [(&str, WeightFormat); 6] = [
     ("bf16", WeightFormat::Bf16),
+    ("fp8", WeightFormat::Fp8),
     ("int8", WeightFormat::int8(128)),
     ("q8_0", WeightFormat::Grouped(Grouping { codes: Codes::Int8, group_len: 32, has_min: false })),
     ("int4", WeightFormat::int4()),

@@ -55,6 +55,21 @@ DEVICE float e4m3_to_float(uint8_t bits) {
     return __uint_as_float(sign | rest << 20) * __uint_as_float((127u + 120u) << 23);
 }
 
+// The codes in bytes 1 and 3 of a word, whatever is in the others, as a pair of bf16: bits moved to their places, and a product
+// that corrects the exponent, all exact. Codes that are no numbers become some.
+DEVICE uint32_t e4m3_to_bf16_pair(uint32_t codes) {
+    const uint32_t bits = (codes & 0x80008000u) | (codes >> 4 & 0x07f007f0u);
+#ifdef __CUDACC__
+    uint32_t values;
+    // Times 2^120, plus minus zero: zeros keep their signs.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(values) : "r"(bits), "r"(0x7b807b80u), "r"(0x80008000u));
+    return values;
+#else
+    const float factor = __uint_as_float((127u + 120u) << 23);
+    return floats_to_bf16_pair(bf16_low(bits) * factor, bf16_high(bits) * factor);
+#endif
+}
+
 // The nearest, half to even; what is larger than the largest becomes that; a NaN stays one.
 DEVICE uint8_t float_to_e4m3(float x) {
     const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80;

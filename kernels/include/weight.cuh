@@ -10,10 +10,11 @@
 // | bf16       | 64                        | [16 inputs][tile][lane] fragments of m16n8k16                            |
 // | int8       | 128                       | [32 inputs][tile][lane] fragments of m16n8k32; scales; minima            |
 // | int4       | 128                       | [64 inputs][tile][lane] two fragments of m16n8k32, the first in the low halves of the bytes; scales; minima |
+// | fp8        | 128                       | [32 inputs][tile][lane] two fragments of m16n8k16, the first in bytes 1 and 3 of each word, the second in 0 and 2; scales |
 // | f32        | 1                         | [64 features]; panels are 64 features, gates in even lanes, ups behind   |
 //
 // A fragment is 16 bytes of a lane: four words, the second that of the features 8 later, the third and fourth those of the
-// second half of the inputs. Scales and minima are f16: [group][tile][feature of the first 8][2], the second 8 later.
+// second half of the inputs. Scales and minima are f16, of fp8 f32: [group][tile][feature of the first 8][2], the second 8 later.
 // Codes are whole numbers around zero, those of 4 bits around 8, or indices into a table.
 
 #pragma once
@@ -30,6 +31,7 @@ constexpr uint32_t WEIGHT_F32 = 1;
 constexpr uint32_t WEIGHT_INT8_LONG = 2;
 constexpr uint32_t WEIGHT_INT8_SHORT = 3;
 constexpr uint32_t WEIGHT_INT4 = 4;
+constexpr uint32_t WEIGHT_FP8 = 5;
 
 constexpr int PANEL_FEATURES = 128;
 constexpr int TILES_OF_PANEL = PANEL_FEATURES / 16;
@@ -38,6 +40,9 @@ constexpr int BF16_STAGE_FEATURES = 64;
 constexpr int INT8_STAGE_FEATURES = 128;
 // Codes of 8 bits, or numbers; those of 4 bits take half of it.
 constexpr int STAGE_BYTES = 16384;
+constexpr int FP8_STAGE_FEATURES = 128;
+// With its scales.
+constexpr int FP8_STAGE_BYTES = STAGE_BYTES + PANEL_FEATURES * 4;
 
 constexpr uint32_t NO_FEATURE = 0xffffffffu;
 
@@ -113,6 +118,17 @@ DEVICE float weight_value(const uint8_t* weights, uint32_t flags, uint32_t out_f
         const uint32_t word = input % 16 / 8 * 2 + place / 8;
         const size_t at = ((step * TILES_OF_PANEL + tile % TILES_OF_PANEL) * 32 + lane) * 16 + word * 4 + input % 2 * 2;
         return __uint_as_float(uint32_t(*reinterpret_cast<const uint16_t*>(weights + at)) << 16);
+    }
+    if (kind == WEIGHT_FP8) {
+        const uint32_t num_stages = (in_features + FP8_STAGE_FEATURES - 1) / FP8_STAGE_FEATURES;
+        const uint8_t* stage = weights + (size_t(panel) * num_stages + input / FP8_STAGE_FEATURES) * FP8_STAGE_BYTES;
+        const uint32_t step = input % FP8_STAGE_FEATURES / 32;
+        const uint32_t lane = place % 8 * 4 + input % 8 / 2;
+        const uint32_t word = input % 16 / 8 * 2 + place / 8;
+        const uint32_t byte = input % 2 * 2 + 1 - input % 32 / 16;
+        const uint8_t code = stage[((step * TILES_OF_PANEL + tile % TILES_OF_PANEL) * 32 + lane) * 16 + word * 4 + byte];
+        const float* scales = reinterpret_cast<const float*>(stage + STAGE_BYTES);
+        return scales[(tile % TILES_OF_PANEL * 8 + place % 8) * 2 + place / 8] * e4m3_to_float(code);
     }
     const uint32_t num_stages = (in_features + INT8_STAGE_FEATURES - 1) / INT8_STAGE_FEATURES;
     const uint32_t num_groups = kind == WEIGHT_INT8_LONG ? 1 : 4;

@@ -4,8 +4,8 @@
         name: "embed",
         arch: Arch::Sm80,
         text: include_bytes!("embed.sm_80.ptx"),
-        sha256: "0277e182eed5ab119210a09bbda18b80961598e43ddd82fe2b21f0582ef9d732",
-        source_sha256: "faa9967811bdf5e427705a1bdbadb3e642d64e0e73bf0c89d6bbf014772d4a58",
+        sha256: "233b9e1c9dc616ff916ada9be583a5bf8b0b3a40b98d4d499795c53c0736976b",
+        source_sha256: "27a22491a02bb23cde3709c14f3bd7bdae883f1b50c66189fee9b0f43d9dc917",
     },
     PtxModule {
         name: "gather_rows",
@@ -18,8 +18,8 @@
         name: "linear",
         arch: Arch::Sm80,
         text: include_bytes!("linear.sm_80.ptx"),
-        sha256: "aad633903e3e9c703485a653f82d5eb47bbb6cfb41c64a84ee550e4e8fb2a793",
-        source_sha256: "c6a4edbb834fb8e14bffb3277fe9dcb4006654be05888222598186316876e525",
+        sha256: "78a5021a1a2cc573c37acd9f58f7dbbea223db48ad29e706c10fe2f3dc06d4f8",
+        source_sha256: "cc2223541cea54936ae4a0e4891fac959256e668cdc9eeb81dd057d7d621e48b",
     },
     PtxModule {
         name: "logprobs",
@@ -32,8 +32,8 @@
         name: "paged_attention",
         arch: Arch::Sm80,
         text: include_bytes!("paged_attention.sm_80.ptx"),
-        sha256: "aa4ece9a68f66e3712e1c7fed1b8c2f29c2a30372ea56635c0ce527864644315",
-        source_sha256: "61f69c88dc3e92a216115a5f96533574986e8b554a4cfb0ebc0bf39d7da9318a",
+        sha256: "0c8d31ed39f7239f4b1eda7a5abd5769c69274ea93f25005aab7ba8895abc47c",
+        source_sha256: "4adcf72a3b284f7ef5ed24296a740312a9fe464c5fcc131dd0fc6240a0e5688a",
     },
     PtxModule {
         name: "peaks",
@@ -54,7 +54,7 @@
         arch: Arch::Sm80,
         text: include_bytes!("rope_kv_write.sm_80.ptx"),
         sha256: "2110f4c69dde36f61bb8b364de72a7922d96dcdb60f9898ed742fab8141b070a",
-        source_sha256: "4b9051ddacab182b307f046271d27ff409b40eb369c2f8fc0b5e271406d39888",
+        source_sha256: "07da2ca31746bd40c446b19be2ae666d162857f6cac5d2f5568c5473cce7557e",
     },
     PtxModule {
         name: "rope_table",

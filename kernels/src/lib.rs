@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod cpu;
 pub mod cuda;
+pub mod e4m3;
 pub mod error;
 pub mod kv_layout;
 pub mod ops;

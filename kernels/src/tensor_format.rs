@@ -1,15 +1,17 @@
 //! How the numbers of a weight lie in a file: dense, or in blocks that share scales.
 //!
-//! Block formats are those of ggml. A block holds consecutive weights of one row, codes of a few bits each with one or
-//! more scales; what a block means is stated here and nowhere else.
+//! Block formats are those of ggml, and one of 8-bit floats. A block holds consecutive weights of one row, codes of a few
+//! bits each with one or more scales; what a block means is stated here and nowhere else.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use crate::DType;
+use crate::{DType, e4m3};
 
 /// Weights that share one scale in a grouped format, see [`TensorFormat::read_group`].
 pub const GROUP_LEN: usize = 32;
+/// Weights in a block of [`TensorFormat::F8E4M3`].
+pub const F8_LEN: usize = 128;
 /// Weights in a block of the K formats.
 const SUPER_LEN: usize = 256;
 /// The scales and minima of a block of `Q4_K` and `Q5_K`: eight of each, six bits a piece.
@@ -51,6 +53,8 @@ pub enum TensorFormat {
     Q6K,
     /// 32 weights: a scale (f16) and 4-bit indices into a table of 16 values.
     Iq4Nl,
+    /// 128 weights: a scale (f32) and as many numbers of [`e4m3`].
+    F8E4M3,
 }
 
 /// What turns the codes of a group into weights, see [`TensorFormat::read_group`].
@@ -62,7 +66,7 @@ pub struct GroupScale {
 }
 
 impl TensorFormat {
-    /// All of them.
+    /// Those that ggml has.
     pub const ALL: [Self; 12] = [
         Self::F32,
         Self::Bf16,
@@ -84,6 +88,7 @@ impl TensorFormat {
             Self::F32 | Self::Bf16 | Self::F16 => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Iq4Nl => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => SUPER_LEN,
+            Self::F8E4M3 => F8_LEN,
         }
     }
 
@@ -100,10 +105,11 @@ impl TensorFormat {
             Self::Q4K => 4 + K_SCALES_LEN + SUPER_LEN / 2,
             Self::Q5K => 4 + K_SCALES_LEN + SUPER_LEN / 8 + SUPER_LEN / 2,
             Self::Q6K => SUPER_LEN / 2 + SUPER_LEN / 4 + SUPER_LEN / 16 + 2,
+            Self::F8E4M3 => 4 + F8_LEN,
         }
     }
 
-    /// The name that ggml has for it.
+    /// The name that ggml has for it, or safetensors.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "F32",
@@ -118,6 +124,7 @@ impl TensorFormat {
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
             Self::Iq4Nl => "IQ4_NL",
+            Self::F8E4M3 => "F8_E4M3",
         }
     }
 
@@ -167,6 +174,14 @@ impl TensorFormat {
                     decode_q6_k(block, out);
                 }
             }
+            Self::F8E4M3 => {
+                for (block, out) in bytes.chunks_exact(self.block_bytes()).zip(out.chunks_exact_mut(F8_LEN)) {
+                    let (scale, codes) = read_f8_block(block);
+                    for (out, &code) in out.iter_mut().zip(codes) {
+                        *out = scale * e4m3::to_f32(code);
+                    }
+                }
+            }
             _ => {
                 let zero_point = i32::from(self.zero_point());
                 let mut codes = [0; GROUP_LEN];
@@ -181,11 +196,11 @@ impl TensorFormat {
     }
 
     /// Bits that a code of [`TensorFormat::read_group`] needs, 4, 5 or 8; `None` for the formats that are not grouped
-    /// (dense ones, and `Q6K`, whose scales are for 16 weights). Where [`TensorFormat::code_table`] has values it is
+    /// (dense ones, `Q6K`, whose scales are for 16 weights, and `F8E4M3`, whose codes are no whole numbers). Where [`TensorFormat::code_table`] has values it is
     /// their index that needs so many.
     pub const fn code_bits(self) -> Option<u32> {
         match self {
-            Self::F32 | Self::Bf16 | Self::F16 | Self::Q6K => None,
+            Self::F32 | Self::Bf16 | Self::F16 | Self::Q6K | Self::F8E4M3 => None,
             Self::Q4_0 | Self::Q4_1 | Self::Q4K | Self::Iq4Nl => Some(4),
             Self::Q5_0 | Self::Q5_1 | Self::Q5K => Some(5),
             Self::Q8_0 => Some(8),
@@ -268,7 +283,7 @@ impl TensorFormat {
                 let (scale, min) = k_scale(&head[4..4 + K_SCALES_LEN], group);
                 GroupScale { scale: factor(0) * f32::from(scale), min: -(factor(2) * f32::from(min)) }
             }
-            Self::F32 | Self::Bf16 | Self::F16 | Self::Q6K => unreachable!("it has no groups"),
+            Self::F32 | Self::Bf16 | Self::F16 | Self::Q6K | Self::F8E4M3 => unreachable!("it has no groups"),
         }
     }
 }
@@ -283,6 +298,12 @@ impl From<DType> for TensorFormat {
             DType::U32 | DType::I8 => panic!("neither indices nor whole numbers of a cache"),
         }
     }
+}
+
+/// Scale and codes of a block of [`TensorFormat::F8E4M3`].
+pub(crate) fn read_f8_block(block: &[u8]) -> (f32, &[u8; F8_LEN]) {
+    let (scale, codes) = block.split_first_chunk().expect("a block of 4 and 128 bytes");
+    (f32::from_le_bytes(*scale), codes.first_chunk().expect("a block of 4 and 128 bytes"))
 }
 
 /// 16 bytes: low halves are the first 16 codes, high halves the others.

@@ -12,6 +12,8 @@ pub const LONG_GROUP_LEN: usize = 128;
 pub enum WeightFormat {
     F32,
     Bf16,
+    /// Numbers of [`crate::e4m3`], each [`LONG_GROUP_LEN`] of them with a scale in f32. Activations are rounded to bf16.
+    Fp8,
     /// Small whole numbers with scales. Activations are quantized to 8 bits when they are multiplied.
     Grouped(Grouping),
 }
@@ -73,8 +75,11 @@ impl WeightFormat {
     }
 
     /// The smallest format that holds all of `parts` as they are in their files: blocks stay what they are, or become
-    /// codes of 8 bits where parts differ. `None` where a part is dense.
+    /// codes of 8 bits where parts differ. `None` where a part is dense, or not all are of 8-bit floats.
     pub fn of_blocks(parts: &[HostTensor<'_>]) -> Option<Self> {
+        if parts.iter().all(|part| part.format == TensorFormat::F8E4M3) {
+            return Some(Self::Fp8);
+        }
         let mut all: Option<Grouping> = None;
         for part in parts {
             let own = Grouping::of_blocks(part.format)?;
@@ -95,6 +100,7 @@ impl WeightFormat {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
             Self::Grouped(Grouping { codes: Codes::Int8, .. }) => "int8",
             Self::Grouped(Grouping { codes: Codes::Int4, .. }) => "int4",
             Self::Grouped(Grouping { codes: Codes::Iq4Nl, .. }) => "iq4_nl",
@@ -107,7 +113,7 @@ impl Grouping {
     /// 8 bits.
     const fn of_blocks(format: TensorFormat) -> Option<Self> {
         let (codes, has_min) = match format {
-            TensorFormat::F32 | TensorFormat::Bf16 | TensorFormat::F16 => return None,
+            TensorFormat::F32 | TensorFormat::Bf16 | TensorFormat::F16 | TensorFormat::F8E4M3 => return None,
             TensorFormat::Q8_0 | TensorFormat::Q5_0 | TensorFormat::Q6K => (Codes::Int8, false),
             TensorFormat::Q5_1 | TensorFormat::Q5K => (Codes::Int8, true),
             TensorFormat::Q4_0 => (Codes::Int4, false),

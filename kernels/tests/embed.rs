@@ -28,6 +28,7 @@ fn rows_come_out_of<B: Backend>(backends: Vec<B>) {
         let formats = [
             WeightFormat::F32,
             WeightFormat::Bf16,
+            WeightFormat::Fp8,
             WeightFormat::int8(128),
             WeightFormat::Grouped(short),
             WeightFormat::int4(),

@@ -169,7 +169,7 @@ fn the_demo_model_has_figures_without_a_server() {
 #[test]
 fn operations_are_measured_at_any_shape() {
     let cpu = ["ops", "--device", "cpu", "--engine.num-threads", "1", "--data-mib", "1", "--milliseconds", "2"];
-    let shapes = ["--linear", "64x32,96x32:gate-up", "--formats", "bf16,int8", "--rows", "1,5", "--heads", "4/2x16"];
+    let shapes = ["--linear", "64x32,96x32:gate-up", "--formats", "fp8,int8", "--rows", "1,5", "--heads", "4/2x16"];
     let attention = ["--sequences", "2x30,1x5x20", "--blocks", "16", "--cache", "bf16,int8"];
     let (output, figures) = bench(&[&cpu[..], &shapes, &attention].concat());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -177,7 +177,7 @@ fn operations_are_measured_at_any_shape() {
     assert_eq!(rows.len(), 2 * 2 * 2 + 2 * 2);
     let row =
         |row: &Value| format!("{} {} {} {} {}", row["op"], row["shape"], row["format"], row["batch"], row["context"]);
-    assert_eq!(row(&rows[0]), r#""linear" "64x32" "bf16" 1 null"#);
+    assert_eq!(row(&rows[0]), r#""linear" "64x32" "fp8" 1 null"#);
     assert_eq!(row(&rows[7]), r#""linear" "96x32 gate-up" "int8" 5 null"#);
     assert_eq!(row(&rows[8]), r#""attention" "4/2x16, block 16" "bf16" 2 30"#);
     assert!(rows.iter().all(|row| row["microseconds"].as_f64().is_some_and(|time| time > 0.0)));

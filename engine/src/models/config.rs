@@ -64,7 +64,15 @@ impl ModelConfig {
             .ok_or_else(|| unsupported("architectures", unknown_architecture(&architecture)))?;
         if let Some(quantization) = fields.object("quantization_config")? {
             let method = quantization.string("quant_method")?.unwrap_or("unnamed");
-            return Err(unsupported("quantization_config", format!("weights quantized by {method} are not served")));
+            let format = quantization.string("format")?;
+            // Which weights are of 8-bit floats, and what their scales are for, the tensors say themselves.
+            if !matches!((method, format), ("fp8", _) | ("compressed-tensors", Some("float-quantized"))) {
+                let method = format.map_or(method.to_owned(), |format| format!("{method} ({format})"));
+                let why = format!(
+                    "weights quantized by {method} are not served; fp8, and float-quantized of compressed-tensors, are"
+                );
+                return Err(unsupported("quantization_config", why));
+            }
         }
 
         let hidden_size = fields.size("hidden_size", 1..=1 << 16)?;
@@ -444,6 +452,8 @@ mod tests {
             ("architectures", json!([])),
             ("architectures", json!("LlamaForCausalLM")),
             ("quantization_config", json!({"quant_method": "gptq", "bits": 4})),
+            ("quantization_config", json!({"quant_method": "compressed-tensors", "format": "pack-quantized"})),
+            ("quantization_config", json!({"quant_method": "compressed-tensors"})),
         ];
         for (key, value) in cases {
             let result = parse(&with(key, value.clone()));
@@ -451,6 +461,16 @@ mod tests {
         }
         for bytes in [&b""[..], b"[]", b"{", b"{\"hidden_size\": NaN}", "[".repeat(100_000).as_bytes()] {
             assert!(matches!(ModelConfig::parse(bytes), Err(EngineError::ModelFile { .. })));
+        }
+    }
+
+    #[test]
+    fn weights_of_8_bit_floats_are_known() {
+        for quantization in [
+            json!({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}),
+            json!({"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}}),
+        ] {
+            parse(&with("quantization_config", quantization)).unwrap();
         }
     }
 

@@ -30,7 +30,10 @@ impl WeightChoice {
         match (self.quantize, role) {
             (QuantizeChoice::None, _) => WeightFormat::dense(self.dtype),
             (QuantizeChoice::Int4, Role::Projection) => WeightFormat::int4(),
-            (QuantizeChoice::Int4, Role::Vocabulary) | (QuantizeChoice::Int8, _) => WeightFormat::int8(in_features),
+            (QuantizeChoice::Fp8, Role::Projection) => WeightFormat::Fp8,
+            (QuantizeChoice::Int4 | QuantizeChoice::Fp8, Role::Vocabulary) | (QuantizeChoice::Int8, _) => {
+                WeightFormat::int8(in_features)
+            }
         }
     }
 }

@@ -185,6 +185,7 @@ fn ggml_type(format: TensorFormat) -> u32 {
         TensorFormat::Q6K => 14,
         TensorFormat::Iq4Nl => 20,
         TensorFormat::Bf16 => 30,
+        TensorFormat::F8E4M3 => panic!("ggml has none"),
     }
 }
 

@@ -6,6 +6,7 @@
 //! is `#[inline(always)]`, since only what is inlined is compiled with the instruction set.
 
 use crate::cpu::Isa;
+use crate::e4m3;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
@@ -133,6 +134,9 @@ pub(crate) trait Lanes: Copy + Send + Sync {
             self.load_i8_pairs(pairs.as_ptr())
         }
     }
+    /// Four numbers of [`crate::e4m3`] in each word as two pairs of bf16, exactly: bytes 0 and 2, then 1 and 3. Codes that are
+    /// no numbers become anything.
+    fn unpack_e4m3(self, words: Self::P) -> [Self::P; 2];
     /// `acc + a.low * b.low + a.high * b.high` per lane, on whole numbers: pairs of i16, sums of i32 that wrap.
     fn dot_i16(self, acc: Self::P, a: Self::P, b: Self::P) -> Self::P;
     /// Each i32 as f32.
@@ -243,6 +247,13 @@ fn low(pair: u32) -> f32 {
 #[inline(always)]
 fn high(pair: u32) -> f32 {
     f32::from_bits(pair & 0xffff_0000)
+}
+
+/// Two numbers of e4m3 as a pair of bf16.
+#[inline(always)]
+fn bf16_pair_of(codes: [u8; 2]) -> u32 {
+    let [low, high] = codes.map(|code| u32::from(e4m3::BF16[usize::from(code)]));
+    low | high << 16
 }
 
 /// The nearest bf16, half to even; a NaN stays one. Without branches, so that loops of it become vectors.
@@ -487,6 +498,13 @@ impl Lanes for Portable {
             let [low, high] = pair.to_le_bytes().map(|byte| byte as i8);
             u32::from(i16::from(low) as u16) | u32::from(i16::from(high) as u16) << 16
         })
+    }
+    #[inline(always)]
+    fn unpack_e4m3(self, words: Self::P) -> [Self::P; 2] {
+        [
+            words.map(|word| bf16_pair_of([word as u8, (word >> 16) as u8])),
+            words.map(|word| bf16_pair_of([(word >> 8) as u8, (word >> 24) as u8])),
+        ]
     }
     #[inline(always)]
     fn dot_i16(self, mut acc: Self::P, a: Self::P, b: Self::P) -> Self::P {

@@ -2,8 +2,8 @@
 
 use half::f16;
 
-use crate::TensorFormat;
 use crate::tensor_format::GROUP_LEN;
+use crate::{TensorFormat, e4m3};
 
 /// The blocks of whole rows of weights. Panics where they are no whole number of blocks.
 pub fn encode(format: TensorFormat, weights: &[f32]) -> Vec<u8> {
@@ -16,7 +16,7 @@ pub fn encode(format: TensorFormat, weights: &[f32]) -> Vec<u8> {
 }
 
 fn encode_block(format: TensorFormat, weights: &[f32], bytes: &mut Vec<u8>) {
-    use TensorFormat::{Bf16, F16, F32, Iq4Nl, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    use TensorFormat::{Bf16, F8E4M3, F16, F32, Iq4Nl, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
     match format {
         F32 => bytes.extend(weights[0].to_le_bytes()),
         Bf16 => bytes.extend(half::bf16::from_f32(weights[0]).to_le_bytes()),
@@ -56,6 +56,12 @@ fn encode_block(format: TensorFormat, weights: &[f32], bytes: &mut Vec<u8>) {
         }
         Q4K | Q5K => encode_k(weights, if format == Q4K { 15 } else { 31 }, bytes),
         Q6K => encode_q6_k(weights, bytes),
+        F8E4M3 => {
+            let scale = farthest(weights).abs() / e4m3::MAX;
+            bytes.extend(scale.to_le_bytes());
+            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+            bytes.extend(weights.iter().map(|&weight| e4m3::from_f32(weight * inverse)));
+        }
     }
 }
 
@@ -158,7 +164,7 @@ mod tests {
     #[test]
     fn decoded_weights_are_near_the_encoded_ones() {
         let weights = Rng::new(7).normals(2048);
-        for format in TensorFormat::ALL {
+        for format in TensorFormat::ALL.into_iter().chain([TensorFormat::F8E4M3]) {
             let bytes = encode(format, &weights);
             let mut decoded = vec![0.0; weights.len()];
             format.decode(&bytes, &mut decoded);
@@ -169,7 +175,7 @@ mod tests {
                 TensorFormat::F32 => 0.0,
                 TensorFormat::Bf16 | TensorFormat::F16 => 0.003,
                 TensorFormat::Q8_0 => 0.01,
-                TensorFormat::Q6K => 0.04,
+                TensorFormat::Q6K | TensorFormat::F8E4M3 => 0.04,
                 _ if format.code_bits() == Some(5) => 0.06,
                 _ => 0.12,
             };

@@ -6,7 +6,7 @@ use quire_kernels::testing::{Rng, assert_same_bits, cpu_backends};
 use quire_kernels::weight_format::{Codes, Grouping};
 use quire_kernels::{Backend, DType, HostTensor, KernelError, TensorFormat, WeightFormat, WeightLayout, WeightSource};
 
-use crate::support::{BLOCKS, FORMATS, Matrix, buffer, check, file_format, gate_up, grouped, run, stacked};
+use crate::support::{self, BLOCKS, FORMATS, Matrix, buffer, check, file_format, gate_up, grouped, run, stacked};
 
 #[test]
 fn every_shape_is_near_the_reference() {
@@ -207,7 +207,8 @@ fn vector_units_agree_to_the_bit() {
     for format in FORMATS {
         let mut results = Vec::new();
         for mut backend in cpu_backends(&[1]) {
-            let multiplies_pairs = backend.isa() == Isa::Avx512Bf16 && format == WeightFormat::Bf16;
+            let multiplies_pairs =
+                backend.isa() == Isa::Avx512Bf16 && matches!(format, WeightFormat::Bf16 | WeightFormat::Fp8);
             if backend.isa() > Isa::Portable && !multiplies_pairs {
                 let weight = backend.pack_weight(&stacked(&matrix, format)).expect("a good source");
                 results.push(run(&mut backend, &weight, &x, 5, None, Epilogue::Store, &[0.0; 5 * 70]));
@@ -304,7 +305,7 @@ fn packed_bytes_are_as_foretold() {
         for (out_features, in_features) in [(1, 1), (64, 64), (65, 3), (200, 896), (128, 256)] {
             // Bits of a weight beside its scales.
             let bits_of_bf16 = if backend.isa() == Isa::Avx512Bf16 { 12 } else { 16 };
-            for (format, bits) in FORMATS.into_iter().zip([32, bits_of_bf16, 8, 8, 8, 4, 4]) {
+            for (format, bits) in FORMATS.into_iter().zip([32, bits_of_bf16, 8, 8, 8, 8, 4, 4]) {
                 let shape = WeightShape { out_features, in_features, layout: WeightLayout::Stacked, format };
                 let least = out_features * in_features * bits / 8;
                 let bytes = backend.weight_bytes(&shape);
@@ -314,9 +315,11 @@ fn packed_bytes_are_as_foretold() {
                         WeightFormat::Grouped(Grouping { group_len, has_min, .. }) => {
                             out_features * in_features / group_len * if has_min { 2 } else { 1 }
                         }
+                        WeightFormat::Fp8 => out_features * in_features / 128,
                         _ => 0,
                     };
-                    let scale_size = if backend.isa() >= Isa::Avx512 { 2 } else { 4 };
+                    let is_short = backend.isa() >= Isa::Avx512 && format != WeightFormat::Fp8;
+                    let scale_size = if is_short { 2 } else { 4 };
                     assert_eq!(bytes, least + num_scales * scale_size);
                 }
             }
@@ -340,6 +343,11 @@ fn blocks_of_files_are_multiplied_as_they_are() {
             check(&mut backend, &gate_up(&parts, format), &rng.normals(5 * 512), 5, None, Epilogue::SwiGlu);
         }
     }
+}
+
+#[test]
+fn blocks_of_fp8_are_multiplied_as_they_are() {
+    cpu_backends(&[2]).iter_mut().for_each(support::blocks_of_fp8_are_multiplied_as_they_are);
 }
 
 /// But for scales rounded to f16, and `Q6_K`, whose 16 weights of a scale are rounded once more.

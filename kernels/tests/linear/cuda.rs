@@ -6,12 +6,13 @@ use quire_kernels::testing::{OpenDevice, POISON, Rng, Tolerance, assert_close, a
 use quire_kernels::weight_format::Codes;
 use quire_kernels::{Backend, TensorFormat, WeightFormat, WeightLayout, WeightSource, device_tests};
 
-use crate::support::{BLOCKS, FORMATS, Matrix, buffer, check, file_format, gate_up, grouped, run, stacked};
+use crate::support::{self, BLOCKS, FORMATS, Matrix, buffer, check, file_format, gate_up, grouped, run, stacked};
 
 device_tests! {
     every_format_and_edge_is_near_the_reference: |open| every_format_and_edge_is_near_the_reference(open);
     gate_and_up_meet: |open| gate_and_up_meet(open);
     blocks_of_files_are_multiplied_as_they_are: |open| blocks_of_files_are_multiplied_as_they_are(open);
+    blocks_of_fp8_are_multiplied_as_they_are: |open| open(None).iter_mut().for_each(support::blocks_of_fp8_are_multiplied_as_they_are);
     swiglu_of_large_gates_has_no_overflow: |open| swiglu_of_large_gates_has_no_overflow(open);
     special_numbers_stay_in_their_row: |open| special_numbers_stay_in_their_row(open);
     a_row_has_the_same_bits_in_every_batch: |open| a_row_has_the_same_bits_in_every_batch(open);
@@ -152,10 +153,12 @@ fn table_codes_and_minima_reach_every_lane<D: Device>(open: OpenDevice<D>) {
 
 fn packed_bytes_are_as_foretold<D: Device>(open: OpenDevice<D>) {
     let Some(backend) = open(None) else { return };
-    for (format, bits) in FORMATS.into_iter().zip([32, 16, 8, 8, 8, 4, 4]) {
+    for (format, bits) in FORMATS.into_iter().zip([32, 16, 8, 8, 8, 8, 4, 4]) {
         let shape = WeightShape { out_features: 256, in_features: 256, layout: WeightLayout::Stacked, format };
         let num_scales = match format {
             WeightFormat::Grouped(grouping) => 256 * 256 / grouping.group_len * if grouping.has_min { 2 } else { 1 },
+            // Of four bytes.
+            WeightFormat::Fp8 => 2 * 256 * 256 / 128,
             _ => 0,
         };
         assert_eq!(backend.weight_bytes(&shape), 256 * 256 * bits / 8 + num_scales * 2);
@@ -211,15 +214,10 @@ impl Pair<'_> {
     }
 }
 
-/// All but f32, whose products know of no norms.
-fn norm_formats() -> impl Iterator<Item = WeightFormat> {
-    FORMATS.into_iter().filter(|format| *format != WeightFormat::F32)
-}
-
 fn norms_come_with_products<D: Device>(open: OpenDevice<D>) {
     let Some(mut backend) = open(None) else { return };
     let mut rng = Rng::new(8);
-    for format in norm_formats() {
+    for format in FORMATS {
         for (num_rows, dim, num_outputs) in [(1, 64, 33), (8, 260, 16), (9, 67, 17), (20, 132, 9), (40, 96, 20)] {
             let adding = [Matrix::random(&mut rng, file_format(format), dim, 50)];
             let behind = [Matrix::random(&mut rng, file_format(format), num_outputs, dim)];
@@ -266,7 +264,7 @@ fn norms_come_with_products<D: Device>(open: OpenDevice<D>) {
 
 /// Promise 1 with a norm on the way, whichever kernel takes a row and however many thread blocks share a sum.
 fn a_row_has_the_same_bits_behind_a_norm<D: Device>(open: OpenDevice<D>) {
-    for (index, format) in norm_formats().enumerate() {
+    for (index, format) in FORMATS.into_iter().enumerate() {
         let mut rng = Rng::new(9);
         let dim = if index % 2 == 0 { 580 } else { 577 };
         let adding = [Matrix::random(&mut rng, file_format(format), dim, 40)];

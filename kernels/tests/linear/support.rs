@@ -1,7 +1,7 @@
 //! Matrices, and `linear` beside its reference, for every backend.
 
 use quire_kernels::ops::linear::{Epilogue, Linear, reference};
-use quire_kernels::testing::{POISON, Rng};
+use quire_kernels::testing::{POISON, Rng, encode};
 use quire_kernels::weight_format::{Codes, Grouping};
 use quire_kernels::{Backend, DType, HostTensor, TensorFormat, WeightFormat, WeightLayout, WeightSource};
 
@@ -31,6 +31,12 @@ impl Matrix {
     pub(crate) fn random(rng: &mut Rng, format: TensorFormat, rows: usize, cols: usize) -> Self {
         let numbers: Vec<f32> = rng.normals(rows * cols).iter().map(|x| x * 0.1).collect();
         Self::new(format, rows, cols, &numbers)
+    }
+
+    /// Numbers that are rounded to the blocks of a file.
+    pub(crate) fn encoded(rng: &mut Rng, format: TensorFormat, rows: usize, cols: usize) -> Self {
+        let numbers: Vec<f32> = rng.normals(rows * cols).iter().map(|x| x * 0.1).collect();
+        Self { format, rows, cols, bytes: [vec![0], encode(format, &numbers)].concat() }
     }
 
     /// Blocks of any codes, with scales and minima (both f16, at `scale_places` of a block) below 0.1.
@@ -150,15 +156,36 @@ pub(crate) const fn grouped(codes: Codes, group_len: usize, has_min: bool) -> We
 }
 
 /// All that numbers can be rounded to when they are packed.
-pub(crate) const FORMATS: [WeightFormat; 7] = [
+pub(crate) const FORMATS: [WeightFormat; 8] = [
     WeightFormat::F32,
     WeightFormat::Bf16,
+    WeightFormat::Fp8,
     grouped(Codes::Int8, 128, false),
     grouped(Codes::Int8, 32, false),
     grouped(Codes::Int8, 32, true),
     grouped(Codes::Int4, 32, false),
     grouped(Codes::Int4, 32, true),
 ];
+
+/// Weights of 8-bit floats are multiplied as they are in their file; one that is no number makes its output none, and no other.
+pub(crate) fn blocks_of_fp8_are_multiplied_as_they_are<B: Backend>(backend: &mut B) {
+    let mut rng = Rng::new(11);
+    for (num_rows, out_features, in_features) in [(1, 33, 256), (12, 140, 384)] {
+        let mut matrix = [Matrix::encoded(&mut rng, TensorFormat::F8E4M3, out_features, in_features)];
+        let format = WeightFormat::of_blocks(&[matrix[0].tensor()]).expect("blocks");
+        assert_eq!(format, WeightFormat::Fp8);
+        let x = rng.outliers(num_rows * in_features);
+        check(backend, &stacked(&matrix, format), &x, num_rows, None, Epilogue::Store);
+        let row_bytes = TensorFormat::F8E4M3.row_bytes(in_features).expect("whole blocks");
+        matrix[0].bytes[1 + 5 * row_bytes + 132 + 4 + 77] = 0xff;
+        let weight = backend.pack_weight(&stacked(&matrix, format)).expect("a good source");
+        let before = vec![0.0; num_rows * out_features];
+        let out = run(backend, &weight, &x, num_rows, None, Epilogue::Store, &before);
+        for (index, y) in out.iter().enumerate() {
+            assert_eq!(y.is_nan(), index % out_features == 5, "{index}");
+        }
+    }
+}
 
 /// What a file would hold of it.
 pub(crate) fn file_format(format: WeightFormat) -> TensorFormat {

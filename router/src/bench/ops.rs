@@ -67,7 +67,7 @@ pub(super) fn command() -> clap::Command {
         .arg(text("linear", "OUTxIN[:gate-up],...", LINEAR, "Weights of products"))
         .arg(
             text("formats", "F,...", "bf16", "What weights are stored as")
-                .value_parser(["f32", "bf16", "int8", "int4"]),
+                .value_parser(["f32", "bf16", "fp8", "int8", "int4"]),
         )
         .arg(numbers("rows", "1,8,32,64", "Rows of products"))
         .arg(text("heads", "Q/KVxDIM", "32/8x128", "Heads of attention: queries, keys and values, dimensions"))
@@ -109,6 +109,7 @@ fn linear_cases(matches: &ArgMatches) -> Result<Vec<OpCase>, String> {
         for format in texts(matches, "formats") {
             let format = match format {
                 "f32" => WeightFormat::F32,
+                "fp8" => WeightFormat::Fp8,
                 "int8" => WeightFormat::int8(in_features),
                 "int4" => WeightFormat::int4(),
                 _ => WeightFormat::Bf16,

@@ -33,7 +33,7 @@ const SHORTHANDS: &[(&str, &str, &str, &str)] = &[
         "BYTES",
         "Memory of the KV cache, as 512MiB or 2GiB [default: as the weights, on a card what is left]",
     ),
-    ("quantize", "engine.quantize", "FORMAT", "How weights are stored: none, int8 or int4 [default: none]"),
+    ("quantize", "engine.quantize", "FORMAT", "How weights are stored: none, fp8, int8 or int4 [default: none]"),
     ("load-format", "engine.load_format", "FORMAT", "auto, or dummy for seeded random weights [default: auto]"),
 ];
 

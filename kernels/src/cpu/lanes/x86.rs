@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{LANES, Lanes, Vectorized, range_bits};
+use crate::e4m3;
 
 /// Made by [`super::vectorize`] only where AVX2 and FMA were found.
 #[derive(Clone, Copy)]
@@ -274,6 +275,12 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    fn unpack_e4m3(self, words: Self::P) -> [Self::P; 2] {
+        // SAFETY: `Avx2` exists, so AVX2 is there.
+        let odd = unsafe { (_mm256_srli_epi16::<8>(words.0), _mm256_srli_epi16::<8>(words.1)) };
+        [(e4m3_half(words.0), e4m3_half(words.1)), (e4m3_half(odd.0), e4m3_half(odd.1))]
+    }
+    #[inline(always)]
     fn dot_i16(self, acc: Self::P, a: Self::P, b: Self::P) -> Self::P {
         let products = halves!(_mm256_madd_epi16(a, b));
         halves!(_mm256_add_epi32(acc, products))
@@ -290,6 +297,66 @@ impl Lanes for Avx2 {
             // The pack works within 128 bits; the permutation puts the quarters back in order.
             _mm256_storeu_si256(x.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(packed));
         }
+    }
+}
+
+/// What moves the exponent of e4m3 to that of bf16, once its bits are in place.
+const E4M3_REBIAS: i16 = 120 << 7;
+
+/// Magnitudes below this are multiples of the smallest one: bf16 has them with a full fraction.
+const E4M3_FIRST_FULL: i16 = 8;
+
+/// Numbers of e4m3 in the low bytes of 16 bits, whatever is in the high ones, as bf16.
+#[inline(always)]
+fn e4m3_half(codes: __m256i) -> __m256i {
+    // Low bytes of the eight small magnitudes, then their high ones.
+    const SMALL: [u8; 16] = {
+        let mut bytes = [0; 16];
+        let mut code = 0;
+        while code < 8 {
+            bytes[code] = e4m3::BF16[code] as u8;
+            bytes[code + 8] = (e4m3::BF16[code] >> 8) as u8;
+            code += 1;
+        }
+        bytes
+    };
+    // SAFETY: called where `Avx2` exists only; the table has 16 bytes.
+    unsafe {
+        let magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
+        let full = _mm256_add_epi16(_mm256_slli_epi16::<4>(magnitude), _mm256_set1_epi16(E4M3_REBIAS));
+        let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(SMALL.as_ptr().cast()));
+        let places = _mm256_or_si256(_mm256_slli_epi16::<8>(magnitude), magnitude);
+        let small = _mm256_shuffle_epi8(table, _mm256_or_si256(places, _mm256_set1_epi16(0x0800)));
+        let is_small = _mm256_cmpgt_epi16(_mm256_set1_epi16(E4M3_FIRST_FULL), magnitude);
+        let sign = _mm256_and_si256(_mm256_slli_epi16::<8>(codes), _mm256_set1_epi16(i16::MIN));
+        _mm256_or_si256(_mm256_blendv_epi8(full, small, is_small), sign)
+    }
+}
+
+/// As [`e4m3_half`].
+#[inline(always)]
+fn e4m3_of(codes: __m512i) -> __m512i {
+    // The small magnitudes, and what no code asks for.
+    const SMALL: [u16; 32] = {
+        let mut numbers = [0; 32];
+        let mut code = 0;
+        while code < 8 {
+            numbers[code] = e4m3::BF16[code];
+            code += 1;
+        }
+        numbers
+    };
+    // Of three bits a, b, mask: a where the mask is 1, else b.
+    const SELECT: i32 = 0b1110_0100;
+    // SAFETY: called where `Avx512` exists only; the table has 32 numbers.
+    unsafe {
+        let magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7f));
+        let full = _mm512_add_epi16(_mm512_slli_epi16::<4>(magnitude), _mm512_set1_epi16(E4M3_REBIAS));
+        let is_small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(E4M3_FIRST_FULL));
+        let small = _mm512_loadu_si512(SMALL.as_ptr().cast());
+        let number = _mm512_mask_permutexvar_epi16(full, is_small, magnitude, small);
+        let sign = _mm512_slli_epi16::<8>(codes);
+        _mm512_ternarylogic_epi32::<SELECT>(sign, number, _mm512_set1_epi16(i16::MIN))
     }
 }
 
@@ -473,6 +540,10 @@ impl Lanes for Avx512 {
     unsafe fn load_i8_pairs(self, x: *const u16) -> __m512i {
         // SAFETY: by contract.
         unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(x.cast())) }
+    }
+    #[inline(always)]
+    fn unpack_e4m3(self, words: __m512i) -> [__m512i; 2] {
+        [e4m3_of(words), e4m3_of(op!(_mm512_srli_epi16::<8>(words)))]
     }
     #[inline(always)]
     fn dot_i16(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {

@@ -13,6 +13,7 @@
 
 mod compact;
 mod finish;
+mod fp8;
 mod grouped;
 mod pack;
 mod tile;

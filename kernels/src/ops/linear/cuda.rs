@@ -1,8 +1,8 @@
 //! The CUDA version of [`super::Linear`]: which kernel of `linear.cu` takes which rows, and the memory between them.
 //!
-//! A product is one launch where x is read as it lies in memory (few rows of bf16, all of f32), else two: x is rounded to
-//! fragments first, then multiplied. A norm before it comes with the one or the other and takes none, but for f32. Which kernel it is, and how many thread blocks share the input features, changes no
-//! bit of the result.
+//! A product is one launch, whatever the format and however many rows: x is read as it lies in memory (few rows of bf16, all
+//! of f32), or all thread blocks round it to fragments first, together. A norm before it comes with the reading or the
+//! rounding. Which kernel it is, and how many thread blocks share the input features, changes no bit of the result.
 
 mod weight;
 
@@ -12,7 +12,7 @@ pub(crate) use weight::{pack_weight, weight_bytes};
 use self::weight::{Form, Kind};
 use super::{Epilogue, Linear, NormLinear, SQUARES_FEATURES, WeightShape};
 use crate::cuda::memory::Workspace as Memory;
-use crate::cuda::{Arg, CudaBackend, CudaBuffer, Device, DevicePtr, KernelId};
+use crate::cuda::{CudaBackend, CudaBuffer, Device, DevicePtr, KernelId};
 use crate::ops::at_least;
 use crate::{KernelError, StepLimits, WeightLayout};
 
@@ -21,7 +21,13 @@ const fn ring_bytes(num_stages: usize, weight_bytes: usize, x_bytes: usize) -> u
     num_stages * (weight_bytes + x_bytes)
 }
 
-/// Bytes of codes and scales that linear_round_int8 makes of a stage of 16 tokens.
+/// Counts of the rounding, in front of those of partial sums.
+const ROUND_COUNTS: usize = 4;
+
+/// Tickets of the rounding for each multiprocessor, where there is so much to round.
+const TICKETS_PER_MULTIPROCESSOR: usize = 4;
+
+/// Bytes of codes and scales that x becomes of a stage of 16 tokens.
 const fn int8_tile_bytes(groups_of_stage: usize) -> usize {
     16 * 128 + groups_of_stage * 128
 }
@@ -72,6 +78,13 @@ const BF16_TILES: [Tile; 5] = [
     bf16_from_fragments("linear_bf16_t64", 64, 4, 128),
     bf16_from_fragments("linear_bf16_t128", 128, 3, 256),
 ];
+const fn fp8(function: &'static str, tokens: usize, num_stages: usize) -> Tile {
+    let shared_bytes = ring_bytes(num_stages, (16 << 10) + 128 * 4, tokens.div_ceil(16) * 16 * 128 * 2);
+    let threads = if tokens > 32 { 256 } else { 128 };
+    Tile { function, norm_function: function, tokens, threads, shared_bytes, x: XForm::Bf16Fragments }
+}
+
+const FP8_TILES: [Tile; 3] = [fp8("linear_fp8_t8", 8, 4), fp8("linear_fp8_t32", 32, 4), fp8("linear_fp8_t64", 64, 3)];
 const INT8_LONG_TILES: [Tile; 3] = [
     grouped("linear_int8_long_t8", 8, (16 << 10) + 256, 1),
     grouped("linear_int8_long_t32", 32, (16 << 10) + 256, 1),
@@ -105,6 +118,7 @@ impl Kind {
             Self::Int8Long => &INT8_LONG_TILES,
             Self::Int8Short => &INT8_SHORT_TILES,
             Self::Int4 => &INT4_TILES,
+            Self::Fp8 => &FP8_TILES,
         }
     }
 }
@@ -131,8 +145,9 @@ struct Plan {
     grid: [usize; 3],
     num_stages: usize,
     slice_stages: usize,
-    /// Tiles of 16 tokens that x is rounded to.
-    num_x_tiles: usize,
+    /// Pieces that a warp rounds, and how many of them are a ticket.
+    num_units: usize,
+    ticket_units: usize,
     /// Working memory: rounded x, partial sums, their counts.
     bytes: [usize; 3],
 }
@@ -158,18 +173,28 @@ impl Plan {
             XForm::Bf16Fragments => 16 * form.stage_features * 2,
             XForm::Int8Fragments => int8_tile_bytes(if form.kind == Kind::Int8Long { 1 } else { 4 }),
         };
-        let (partials_bytes, arrivals_bytes) = match num_slices {
+        let (partials_bytes, num_arrivals) = match num_slices {
             1 => (0, 0),
-            _ => (num_units * num_slices * form.panel_features * tile.tokens * 4, num_units * 4),
+            _ => (num_units * num_slices * form.panel_features * tile.tokens * 4, num_units),
         };
+        let num_round_units = match tile.x {
+            XForm::F32 => 0,
+            XForm::Bf16Fragments => num_x_tiles * num_stages * (form.stage_features / 16),
+            XForm::Int8Fragments => num_x_tiles * 16 * num_stages,
+        };
+        // A unit for each warp at least.
+        let ticket_units = num_round_units
+            .div_ceil(TICKETS_PER_MULTIPROCESSOR * num_multiprocessors)
+            .next_multiple_of(tile.threads as usize / 32);
         Self {
             tile,
             form,
             grid: [num_token_tiles, num_panels, num_slices],
             num_stages,
             slice_stages,
-            num_x_tiles,
-            bytes: [num_x_tiles * num_stages * x_tile_bytes, partials_bytes, arrivals_bytes],
+            num_units: num_round_units,
+            ticket_units,
+            bytes: [num_x_tiles * num_stages * x_tile_bytes, partials_bytes, (ROUND_COUNTS + num_arrivals) * 4],
         }
     }
 }
@@ -262,7 +287,7 @@ pub(crate) fn norm_linear<D: Device>(
     args: NormLinear<'_, CudaBackend<D>>,
 ) -> Result<(), KernelError> {
     const OP: &str = "norm_linear";
-    let Some(squares) = args.squares.filter(|_| leaves_squares(args.weight)) else { return args.apart(backend) };
+    let Some(squares) = args.squares else { return args.apart(backend) };
     let in_features = args.weight.shape().in_features;
     let num_squares = args.num_rows.saturating_mul(in_features.div_ceil(SQUARES_FEATURES));
     at_least(OP, "in_features", in_features, args.in_features)?;
@@ -284,9 +309,6 @@ pub(crate) fn add_linear<D: Device>(
     if args.epilogue != Epilogue::Add || shape.layout != WeightLayout::Stacked {
         return Err(KernelError::Type { op: OP, argument: "epilogue", found: "one that does not add" });
     }
-    if !leaves_squares(args.weight) {
-        return linear(backend, args).map(|()| false);
-    }
     at_least(
         OP,
         "squares",
@@ -295,11 +317,6 @@ pub(crate) fn add_linear<D: Device>(
     )?;
     let squares = squares.f32(OP, "squares")?;
     multiply(backend, args, None, squares).map(|()| true)
-}
-
-/// Whether products with this weight know of norms before and behind them: all but those of f32.
-fn leaves_squares(weight: &CudaWeight) -> bool {
-    Form::of(weight.shape().format).kind != Kind::F32
 }
 
 fn multiply<D: Device>(
@@ -320,13 +337,6 @@ fn multiply<D: Device>(
     let plan = Plan::new(shape, num_rows, backend.device.facts().num_multiprocessors as usize);
     let [rounded, partials, arrivals] = backend.linear_workspace.take(&mut backend.device, plan.bytes)?;
     let sizes = Sizes::new(shape, num_rows, &plan)?;
-    let x_ptr = match plan.tile.x {
-        XForm::F32 => x_ptr,
-        form => {
-            round(backend, form, [x_ptr, rounded], &sizes, &plan, norm.unwrap_or(Norm::NONE))?;
-            rounded
-        }
-    };
     let epilogue = match epilogue {
         Epilogue::Store => 0,
         Epilogue::Add => 1,
@@ -335,6 +345,7 @@ fn multiply<D: Device>(
     let args = [
         weight.ptr().into(),
         x_ptr.into(),
+        rounded.into(),
         out_ptr.into(),
         bias_ptr.into(),
         partials.into(),
@@ -344,6 +355,8 @@ fn multiply<D: Device>(
         sizes.out_features.into(),
         sizes.num_stages.into(),
         sizes.slice_stages.into(),
+        sizes.num_units.into(),
+        sizes.ticket_units.into(),
         weight.flags().into(),
         epilogue.into(),
         norm.unwrap_or(Norm::NONE).weight.into(),
@@ -364,6 +377,8 @@ struct Sizes {
     out_features: u32,
     num_stages: u32,
     slice_stages: u32,
+    num_units: u32,
+    ticket_units: u32,
 }
 
 impl Sizes {
@@ -382,42 +397,9 @@ impl Sizes {
             out_features: size("out_features", shape.out_features)?,
             num_stages: size("in_features", plan.num_stages)?,
             slice_stages: size("in_features", plan.slice_stages)?,
+            num_units: size("num_rows", plan.num_units)?,
+            ticket_units: size("num_rows", plan.ticket_units)?,
         })
-    }
-}
-
-/// Rounds x to the fragments that the plan's kernel reads, behind the norm's weights.
-fn round<D: Device>(
-    backend: &mut CudaBackend<D>,
-    form: XForm,
-    [x, rounded]: [DevicePtr; 2],
-    sizes: &Sizes,
-    plan: &Plan,
-    norm: Norm,
-) -> Result<(), KernelError> {
-    const THREADS: usize = 256;
-    let mut args: Vec<Arg> =
-        vec![x.into(), rounded.into(), sizes.num_rows.into(), sizes.in_features.into(), sizes.num_stages.into()];
-    let (function, num_units, units_of_block) = match form {
-        XForm::Int8Fragments => {
-            args.push(if plan.form.kind == Kind::Int8Long { 128_u32 } else { 32 }.into());
-            ("linear_round_int8", plan.num_x_tiles * 16 * plan.num_stages, THREADS / 32)
-        }
-        _ => ("linear_round_bf16", plan.num_x_tiles * plan.num_stages * (plan.form.stage_features / 16) * 32, THREADS),
-    };
-    let too_many = |_| KernelError::Range {
-        op: "linear",
-        argument: "num_rows",
-        value: num_units as u64,
-        limit: u64::from(u32::MAX),
-    };
-    args.extend([Arg::from(u32::try_from(num_units).map_err(too_many)?), norm.weight.into()]);
-    if form == XForm::Int8Fragments {
-        args.extend([Arg::from(norm.squares), norm.eps.into()]);
-    }
-    // SAFETY: these are the kernel's parameters; x has the rows, and the workspace the units.
-    unsafe {
-        backend.launch(kernel(function), [num_units.div_ceil(units_of_block), 1, 1], [THREADS as u32, 1, 1], 0, &args)
     }
 }
 
@@ -430,8 +412,8 @@ mod tests {
         WeightShape { out_features, in_features, layout: WeightLayout::Stacked, format }
     }
 
-    const FORMATS: [WeightFormat; 4] =
-        [WeightFormat::Bf16, WeightFormat::F32, WeightFormat::int8(4096), WeightFormat::int4()];
+    const FORMATS: [WeightFormat; 5] =
+        [WeightFormat::Bf16, WeightFormat::F32, WeightFormat::Fp8, WeightFormat::int8(4096), WeightFormat::int4()];
 
     #[test]
     fn slices_depend_on_the_weight_alone_and_cover_it() {

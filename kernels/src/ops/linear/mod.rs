@@ -23,8 +23,8 @@ pub enum Epilogue {
 
 /// `y = x W^T + bias`, then the epilogue.
 ///
-/// * `x`      `F32`, `[num_rows, in_features]`; rounded before the product: to bf16 for bf16 weights; for weights in groups
-///   each group to codes of 8 bits with a scale, the largest magnitude being 127
+/// * `x`      `F32`, `[num_rows, in_features]`; rounded before the product: to bf16 for weights of bf16 and fp8; for weights in
+///   groups each group to codes of 8 bits with a scale, the largest magnitude being 127
 /// * `weight` `[out_features, in_features]`, packed
 /// * `bias`   `F32`, `[out_features]` in the order of the weight's parts
 ///

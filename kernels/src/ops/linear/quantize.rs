@@ -2,9 +2,9 @@
 
 use half::f16;
 
-use crate::tensor_format::IQ4_NL_CODES;
+use crate::tensor_format::{IQ4_NL_CODES, read_f8_block};
 use crate::weight_format::{Codes, Grouping};
-use crate::{GroupScale, TensorFormat, WeightFormat};
+use crate::{GroupScale, TensorFormat, WeightFormat, e4m3};
 
 /// Activations are codes from -127 to 127.
 pub(crate) const MAX_ACTIVATION: f32 = 127.0;
@@ -115,6 +115,43 @@ pub(crate) fn requantize_block(
     GroupScale { scale: to_f16(group.scale), min: to_f16(min) }
 }
 
+/// Rounds a group of numbers to [`e4m3`] with the scale that is returned: the largest magnitude becomes the largest code.
+/// Where one is no finite number the scale is NaN, and so is every output that the group is part of.
+#[inline(always)]
+pub(crate) fn quantize_fp8(numbers: &[f32], codes: &mut [u8]) -> f32 {
+    let (mut largest, mut poison) = ([0.0_f32; 16], [0.0_f32; 16]);
+    for numbers in numbers.as_chunks::<16>().0 {
+        for ((largest, poison), &x) in largest.iter_mut().zip(&mut poison).zip(numbers) {
+            *largest = if x.abs() > *largest { x.abs() } else { *largest };
+            *poison += x * 0.0;
+        }
+    }
+    let (largest, poison) = (largest.into_iter().fold(0.0, f32::max), poison.into_iter().sum::<f32>());
+    if largest < LEAST_MAGNITUDE || poison.is_nan() {
+        codes.fill(0);
+        return poison;
+    }
+    let factor = e4m3::MAX / largest;
+    for (code, &x) in codes.iter_mut().zip(numbers) {
+        *code = e4m3::from_f32(x * factor);
+    }
+    largest / e4m3::MAX
+}
+
+/// Group `index` of a row of blocks of [`TensorFormat::F8E4M3`]. Where a code is no number all become zeros, and the scale
+/// that is returned NaN: kernels need not know of such codes.
+#[inline(always)]
+pub(crate) fn fp8_block(row: &[u8], index: usize, codes: &mut [u8]) -> f32 {
+    let block_bytes = TensorFormat::F8E4M3.block_bytes();
+    let (scale, from) = read_f8_block(&row[index * block_bytes..][..block_bytes]);
+    if from.iter().any(|&code| e4m3::is_nan(code)) {
+        codes.fill(0);
+        return f32::NAN;
+    }
+    codes.copy_from_slice(from);
+    scale
+}
+
 /// The index whose value is `code`; one of the table's.
 fn iq4_nl_index(code: u8) -> u8 {
     IQ4_NL_CODES.iter().position(|&value| value == code).map_or(0, |index| index as u8)
@@ -137,7 +174,9 @@ fn to_f16(x: f32) -> f32 {
 pub(crate) fn rounded_activations(format: WeightFormat, x: &[f32]) -> Vec<f64> {
     match format {
         WeightFormat::F32 => x.iter().map(|&x| f64::from(x)).collect(),
-        WeightFormat::Bf16 => x.iter().map(|&x| f64::from(half::bf16::from_f32(x).to_f32())).collect(),
+        WeightFormat::Bf16 | WeightFormat::Fp8 => {
+            x.iter().map(|&x| f64::from(half::bf16::from_f32(x).to_f32())).collect()
+        }
         WeightFormat::Grouped(grouping) => {
             let mut out = Vec::with_capacity(x.len());
             let mut codes = vec![0; grouping.group_len];

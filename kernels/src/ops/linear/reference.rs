@@ -2,8 +2,8 @@
 
 use super::quantize;
 use super::{Epilogue, WeightShape};
-use crate::weight_format::Grouping;
-use crate::{TensorFormat, WeightFormat, WeightSource};
+use crate::weight_format::{Grouping, LONG_GROUP_LEN};
+use crate::{TensorFormat, WeightFormat, WeightSource, e4m3};
 
 /// Results, and how large the terms of each sum were, from which a test states how far rounding may carry a sum.
 pub struct LinearReference {
@@ -62,7 +62,7 @@ pub fn linear(
 #[derive(Clone, Copy, Debug)]
 pub struct Weight {
     pub scaled: f64,
-    /// Of its group, else 0.
+    /// Of its group, else -0.0: adding it changes no bit of any number.
     pub min: f64,
 }
 
@@ -73,17 +73,35 @@ pub fn weight_rows(source: &WeightSource<'_>) -> Vec<Vec<Weight>> {
         for bytes in part.bytes.chunks_exact(part.bytes.len() / part.rows) {
             let mut numbers = vec![0.0; part.cols];
             part.format.decode(bytes, &mut numbers);
-            let whole = |number: f32| Weight { scaled: f64::from(number), min: 0.0 };
+            let whole = |number: f32| Weight { scaled: f64::from(number), min: -0.0 };
             rows.push(match source.format {
                 WeightFormat::F32 => numbers.into_iter().map(whole).collect(),
                 WeightFormat::Bf16 => {
                     numbers.into_iter().map(|number| whole(half::bf16::from_f32(number).to_f32())).collect()
                 }
+                WeightFormat::Fp8 => fp8_row(part.format, bytes, numbers),
                 WeightFormat::Grouped(grouping) => grouped_row(grouping, part.format, bytes, numbers),
             });
         }
     }
     rows
+}
+
+fn fp8_row(format: TensorFormat, bytes: &[u8], mut numbers: Vec<f32>) -> Vec<Weight> {
+    let len = numbers.len();
+    numbers.resize(len.next_multiple_of(LONG_GROUP_LEN), 0.0);
+    let mut row = Vec::with_capacity(numbers.len());
+    let mut codes = [0; LONG_GROUP_LEN];
+    for (index, numbers) in numbers.chunks(LONG_GROUP_LEN).enumerate() {
+        let scale = match format {
+            TensorFormat::F8E4M3 => quantize::fp8_block(bytes, index, &mut codes),
+            _ => quantize::quantize_fp8(numbers, &mut codes),
+        };
+        let value = |code| Weight { scaled: f64::from(scale) * f64::from(e4m3::to_f32(code)), min: -0.0 };
+        row.extend(codes.iter().map(|&code| value(code)));
+    }
+    row.truncate(len);
+    row
 }
 
 fn grouped_row(grouping: Grouping, format: TensorFormat, bytes: &[u8], mut numbers: Vec<f32>) -> Vec<Weight> {

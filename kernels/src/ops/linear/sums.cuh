@@ -192,8 +192,9 @@ DEVICE void norm_factors(const Output &to, float* factors) {
     }
 }
 
-// Goes through the stages of this thread block's slices. `Tile` knows what a stage holds: `load(stage, slot)` starts the
-// copies of one, `multiply(slot, sums)` adds its products.
+// Goes through the stages of this thread block's slices. `Tile` knows what a stage holds: `load_weights(stage, slot)` and
+// `load_x(stage, slot)` start the copies of one, `multiply(slot, sums)` adds its products. Where x is rounded first
+// (`ROUNDS_X`), `round_x()` does it while the first weights are on their way.
 template <class Tile>
 DEVICE void run(const Job &job, const Output &to, Tile &tile) {
     constexpr int STAGES = Tile::STAGES;
@@ -218,9 +219,24 @@ DEVICE void run(const Job &job, const Output &to, Tile &tile) {
     UNROLL
     for (int ahead = 0; ahead < STAGES - 1; ++ahead) {
         if (first + ahead < end) {
-            tile.load(first + ahead, ahead);
+            tile.load_weights(first + ahead, ahead);
+            if (!Tile::ROUNDS_X) {
+                tile.load_x(first + ahead, ahead);
+            }
         }
-        commit_copies();
+        if (!Tile::ROUNDS_X) {
+            commit_copies();
+        }
+    }
+    if (Tile::ROUNDS_X) {
+        tile.round_x(to.norm);
+        UNROLL
+        for (int ahead = 0; ahead < STAGES - 1; ++ahead) {
+            if (first + ahead < end) {
+                tile.load_x(first + ahead, ahead);
+            }
+            commit_copies();
+        }
     }
     SHARED_ARRAY(float, factors, Tile::TOKENS);
     if (Tile::FACTORS == Factors::FIRST) {
@@ -236,7 +252,9 @@ DEVICE void run(const Job &job, const Output &to, Tile &tile) {
         __syncthreads();
         const uint32_t next = stage + STAGES - 1;
         if (next < end) {
-            tile.load(next, slot == 0 ? STAGES - 1 : slot - 1);
+            const int free_slot = slot == 0 ? STAGES - 1 : slot - 1;
+            tile.load_weights(next, free_slot);
+            tile.load_x(next, free_slot);
         }
         commit_copies();
         tile.multiply(slot, slice);

@@ -5,6 +5,7 @@
 #include "memory.cuh"
 #include "mma.cuh"
 #include "numbers.cuh"
+#include "round.cuh"
 #include "warp.cuh"
 #include "weight.cuh"
 
@@ -32,6 +33,17 @@ struct Shape {
             copy_async_16(to + at, from + at);
         }
     }
+
+    // Copies a stage of x in fragments, `X_BYTES` of each 16 tokens. A tile of 8 tokens is half of what is made for 16.
+    template <int X_BYTES>
+    DEVICE static void copy_x(uint8_t* to, const uint8_t* from, uint32_t num_stages, uint32_t stage) {
+        const size_t first_tile = size_t(blockIdx.x) * TOKENS / 16;
+        UNROLL
+        for (int at = threadIdx.x * 16; at < (TOKENS + 15) / 16 * X_BYTES; at += THREADS * 16) {
+            const size_t token_tile = first_tile + at / X_BYTES;
+            copy_async_16(to + at, from + (token_tile * num_stages + stage) * X_BYTES + at % X_BYTES);
+        }
+    }
 };
 
 // bf16 weights; x rounded when it is read, behind the norm's weights where it has any.
@@ -39,6 +51,7 @@ template <int TOKENS, bool HAS_NORM>
 struct Bf16FromF32 : Shape<TOKENS, 64> {
     using Base = Shape<TOKENS, 64>;
     static constexpr Factors FACTORS = HAS_NORM ? Factors::FIRST : Factors::NONE;
+    static constexpr bool ROUNDS_X = false;
     static constexpr int STAGES = TOKENS > 16 ? 3 : 4;
     // Eight numbers more than a stage has, so that the rows of four tokens start in different banks.
     static constexpr int ROW_NUMBERS = BF16_STAGE_FEATURES + 8;
@@ -53,9 +66,14 @@ struct Bf16FromF32 : Shape<TOKENS, 64> {
     uint32_t num_rows;
     uint32_t in_features;
 
-    DEVICE void load(uint32_t stage, int slot) const {
+    DEVICE void round_x(const Norm&) const {}
+
+    DEVICE void load_weights(uint32_t stage, int slot) const {
+        Base::copy(ring + slot * SLOT_BYTES, weights + size_t(stage) * STAGE_BYTES, STAGE_BYTES);
+    }
+
+    DEVICE void load_x(uint32_t stage, int slot) const {
         uint8_t* to = ring + slot * SLOT_BYTES;
-        Base::copy(to, weights + size_t(stage) * STAGE_BYTES, STAGE_BYTES);
         constexpr int CHUNKS = BF16_STAGE_FEATURES / 4;
         UNROLL
         for (int index = threadIdx.x; index < TOKENS * CHUNKS; index += Base::THREADS) {
@@ -108,11 +126,12 @@ struct Bf16FromF32 : Shape<TOKENS, 64> {
     }
 };
 
-// bf16 weights; x as linear_round_bf16 leaves it.
+// bf16 weights; x as ToBf16 leaves it.
 template <int TOKENS>
 struct Bf16FromFragments : Shape<TOKENS, 64> {
     using Base = Shape<TOKENS, 64>;
     static constexpr Factors FACTORS = Factors::LAST;
+    static constexpr bool ROUNDS_X = true;
     static constexpr int STAGES = TOKENS > 64 ? 3 : 4;
     // Of 16 tokens.
     static constexpr int X_BYTES = 16 * BF16_STAGE_FEATURES * 2;
@@ -120,17 +139,16 @@ struct Bf16FromFragments : Shape<TOKENS, 64> {
 
     uint8_t* ring;
     const uint8_t* weights;
-    const uint8_t* x;
-    uint32_t num_stages;
+    Rounding x;
 
-    DEVICE void load(uint32_t stage, int slot) const {
-        uint8_t* to = ring + slot * SLOT_BYTES;
-        Base::copy(to, weights + size_t(stage) * STAGE_BYTES, STAGE_BYTES);
-        UNROLL
-        for (int at = threadIdx.x * 16; at < TOKENS / 16 * X_BYTES; at += Base::THREADS * 16) {
-            const size_t token_tile = blockIdx.x * (TOKENS / 16) + at / X_BYTES;
-            copy_async_16(to + STAGE_BYTES + at, x + (token_tile * num_stages + stage) * X_BYTES + at % X_BYTES);
-        }
+    DEVICE void round_x(const Norm& norm) const { round_together<Base::THREADS, ToBf16>(x, norm); }
+
+    DEVICE void load_weights(uint32_t stage, int slot) const {
+        Base::copy(ring + slot * SLOT_BYTES, weights + size_t(stage) * STAGE_BYTES, STAGE_BYTES);
+    }
+
+    DEVICE void load_x(uint32_t stage, int slot) const {
+        Base::template copy_x<X_BYTES>(ring + slot * SLOT_BYTES + STAGE_BYTES, x.to, x.num_stages, stage);
     }
 
     DEVICE void multiply(int slot, float (&sums)[2][Base::TOKEN_TILES][4]) const {
@@ -160,12 +178,88 @@ struct Bf16FromFragments : Shape<TOKENS, 64> {
 // How weights in groups are stored.
 enum class Codes { INT8_LONG, INT8_SHORT, INT4_SHORT };
 
-// Weights in groups; x as linear_round_int8 leaves it.
+// Weights of e4m3; x as ToBf16 leaves it. Of a stage, which is a group, sums are one chain from zero; then they are scaled.
+template <int TOKENS>
+struct Fp8 : Shape<TOKENS, 32> {
+    using Base = Shape<TOKENS, 32>;
+    static constexpr Factors FACTORS = Factors::LAST;
+    static constexpr bool ROUNDS_X = true;
+    static constexpr int STAGES = TOKENS > 32 ? 3 : 4;
+    static constexpr int X_BYTES = 16 * FP8_STAGE_FEATURES * 2;
+    static constexpr int X_TILES = (TOKENS + 15) / 16;
+    static constexpr int SLOT_BYTES = FP8_STAGE_BYTES + X_TILES * X_BYTES;
+
+    uint8_t* ring;
+    const uint8_t* weights;
+    // Stages of it are those of bf16, half as long.
+    Rounding x;
+
+    DEVICE void round_x(const Norm& norm) const { round_together<Base::THREADS, ToBf16>(x, norm); }
+
+    DEVICE void load_weights(uint32_t stage, int slot) const {
+        Base::copy(ring + slot * SLOT_BYTES, weights + size_t(stage) * FP8_STAGE_BYTES, FP8_STAGE_BYTES);
+    }
+
+    DEVICE void load_x(uint32_t stage, int slot) const {
+        Base::template copy_x<X_BYTES>(ring + slot * SLOT_BYTES + FP8_STAGE_BYTES, x.to, x.num_stages / 2, stage);
+    }
+
+    DEVICE void multiply(int slot, float (&sums)[2][Base::TOKEN_TILES][4]) const {
+        const uint8_t* from = ring + slot * SLOT_BYTES;
+        const int lane = Base::lane();
+        const uint8_t* x_from = from + FP8_STAGE_BYTES + Base::first_token() / 16 * X_BYTES + lane * 16;
+        // Of a tile of 8 tokens, which half.
+        const int x_half = TOKENS == 8 ? blockIdx.x % 2 : 0;
+        UNROLL
+        for (int m = 0; m < 2; ++m) {
+            const int tile = Base::first_feature_tile() + m;
+            float products[Base::TOKEN_TILES][4];
+            UNROLL
+            for (int n = 0; n < Base::TOKEN_TILES; ++n) {
+                UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    products[n][i] = 0.0f;
+                }
+            }
+            UNROLL_BY(TOKENS < 32 ? 4 : 2)
+            for (int step = 0; step < FP8_STAGE_FEATURES / 32; ++step) {
+                const Bytes16 codes = load_16(from + ((step * TILES_OF_PANEL + tile) * LANES + lane) * 16);
+                UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    uint32_t a[4];
+                    UNROLL
+                    for (int i = 0; i < 4; ++i) {
+                        a[i] = e4m3_to_bf16_pair(half == 0 ? codes.word[i] : codes.word[i] << 8);
+                    }
+                    UNROLL
+                    for (int n = 0; n < Base::TOKEN_TILES; ++n) {
+                        const uint8_t* at = x_from + n / 2 * X_BYTES + (step * 2 + half) * LANES * 16;
+                        const uint32_t* words = reinterpret_cast<const uint32_t*>(at + (TOKENS == 8 ? x_half : n % 2) * 8);
+                        const uint32_t b[2] = {words[0], words[1]};
+                        mma_m16n8k16_bf16(products[n], a, b);
+                    }
+                }
+            }
+            const float2 scale = load_float2(
+                reinterpret_cast<const float*>(from + STAGE_BYTES) + (tile * 8 + lane / 4) * 2);
+            UNROLL
+            for (int n = 0; n < Base::TOKEN_TILES; ++n) {
+                UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    sums[m][n][i] = fmaf(products[n][i], i < 2 ? scale.x : scale.y, sums[m][n][i]);
+                }
+            }
+        }
+    }
+};
+
+// Weights in groups; x as ToInt8 leaves it.
 template <int TOKENS, Codes CODES>
 struct Grouped : Shape<TOKENS, 32> {
     using Base = Shape<TOKENS, 32>;
     // The scales of x hold the rows' factors.
     static constexpr Factors FACTORS = Factors::NONE;
+    static constexpr bool ROUNDS_X = true;
     static constexpr int STAGES = 4;
     static constexpr int GROUPS = CODES == Codes::INT8_LONG ? 1 : INT8_STAGE_FEATURES / 32;
     static constexpr int STEPS_OF_GROUP = INT8_STAGE_FEATURES / 32 / GROUPS;
@@ -180,8 +274,7 @@ struct Grouped : Shape<TOKENS, 32> {
 
     uint8_t* ring;
     const uint8_t* weights;
-    const uint8_t* x;
-    uint32_t num_stages;
+    Rounding x;
     bool has_min;
     bool has_table;
 
@@ -189,16 +282,16 @@ struct Grouped : Shape<TOKENS, 32> {
         return CODE_BYTES + (has_min ? 2 : 1) * GROUPS * SCALE_BYTES;
     }
 
-    DEVICE void load(uint32_t stage, int slot) const {
-        uint8_t* to = ring + slot * SLOT_BYTES;
-        Base::copy(to, weights + size_t(stage) * weight_bytes(), weight_bytes());
-        // A tile of 8 tokens is half of what is made for 16.
-        const size_t first_tile = size_t(blockIdx.x) * TOKENS / 16;
-        UNROLL
-        for (int at = threadIdx.x * 16; at < X_TILES * X_BYTES; at += Base::THREADS * 16) {
-            const size_t token_tile = first_tile + at / X_BYTES;
-            copy_async_16(to + MAX_WEIGHT_BYTES + at, x + (token_tile * num_stages + stage) * X_BYTES + at % X_BYTES);
-        }
+    DEVICE void round_x(const Norm& norm) const {
+        round_together<Base::THREADS, ToInt8<INT8_STAGE_FEATURES / GROUPS>>(x, norm);
+    }
+
+    DEVICE void load_weights(uint32_t stage, int slot) const {
+        Base::copy(ring + slot * SLOT_BYTES, weights + size_t(stage) * weight_bytes(), weight_bytes());
+    }
+
+    DEVICE void load_x(uint32_t stage, int slot) const {
+        Base::template copy_x<X_BYTES>(ring + slot * SLOT_BYTES + MAX_WEIGHT_BYTES, x.to, x.num_stages, stage);
     }
 
     DEVICE void multiply(int slot, float (&sums)[2][Base::TOKEN_TILES][4]) const {

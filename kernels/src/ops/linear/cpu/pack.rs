@@ -6,14 +6,14 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::compact::{self, Beside, Window};
-use super::grouped;
 use super::tile::Kernel;
 use super::weight::{CpuWeight, Segment, panels_bytes};
+use super::{fp8, grouped};
 use crate::cpu::lanes::{LANES, Lanes, Vectorized, bf16_bits, vectorize};
 use crate::cpu::thread_pool::SharedMut;
 use crate::cpu::{CpuBackend, Isa};
 use crate::ops::linear::{WeightShape, quantize};
-use crate::weight_format::{Codes, Grouping};
+use crate::weight_format::{Codes, Grouping, LONG_GROUP_LEN};
 use crate::{HostTensor, KernelError, TensorFormat, WeightFormat, WeightSource};
 
 /// Input features staged at a time: a whole number of groups and, but for the longest, of a file's blocks.
@@ -106,6 +106,7 @@ impl Vectorized for PackPanel<'_> {
         let width = kernel.panel_width;
         let segments = Segment::of_panel(shape, width, panel);
         let code_bytes = match shape.format {
+            WeightFormat::Fp8 => fp8::code_bytes(isa),
             WeightFormat::Grouped(grouping) => grouped::code_bytes(isa, grouping),
             _ => kernel.step_bytes,
         };
@@ -133,18 +134,22 @@ impl Vectorized for PackPanel<'_> {
                     match shape.format {
                         WeightFormat::F32 => stage.f32(part.format, row, first, len, lane),
                         WeightFormat::Bf16 => stage.bf16(part.format, row, first, len, lane),
-                        WeightFormat::Grouped(grouping) => {
-                            let step = first / grouping.group_len;
-                            let scales = &mut target[step * kernel.step_bytes..];
-                            let place = ScalePlace {
-                                target: scales,
+                        WeightFormat::Fp8 | WeightFormat::Grouped(_) => {
+                            let step = first / kernel.features_per_step;
+                            let mut place = ScalePlace {
+                                target: &mut target[step * kernel.step_bytes..],
                                 step_bytes: kernel.step_bytes,
                                 first: code_bytes,
                                 width,
-                                size: grouped::scale_size(isa),
+                                size: size_of::<f32>(),
                                 lane: first_lane + lane,
                             };
-                            stage.codes(grouping, part.format, row, first, len, lane, place);
+                            if let WeightFormat::Grouped(grouping) = shape.format {
+                                place.size = grouped::scale_size(isa);
+                                stage.codes(grouping, part.format, row, first, len, lane, place);
+                            } else {
+                                stage.fp8(part.format, row, first, len, lane, place);
+                            }
                         }
                     }
                 }
@@ -208,6 +213,19 @@ struct ScalePlace<'a> {
     width: usize,
     size: usize,
     lane: usize,
+}
+
+impl ScalePlace<'_> {
+    /// A scale of the block's step `step`, or its minimum `at` numbers behind it.
+    #[inline(always)]
+    fn store(&mut self, step: usize, at: usize, number: f32) {
+        let place = step * self.step_bytes + self.first + (at + self.lane) * self.size;
+        let target = &mut self.target[place..][..self.size];
+        match self.size {
+            2 => target.copy_from_slice(&half::f16::from_f32(number).to_ne_bytes()),
+            _ => target.copy_from_slice(&number.to_ne_bytes()),
+        }
+    }
 }
 
 impl Stage {
@@ -280,6 +298,35 @@ impl Stage {
         }
     }
 
+    /// Numbers of e4m3 to the row's words, scales to their place.
+    #[inline(always)]
+    fn fp8(
+        &mut self,
+        format: TensorFormat,
+        row: &[u8],
+        first: usize,
+        len: usize,
+        lane: usize,
+        mut place: ScalePlace<'_>,
+    ) {
+        let kept = format == TensorFormat::F8E4M3;
+        if !kept {
+            self.read(format, row, first, len);
+        }
+        let mut codes = [0_u8; PACK_BLOCK];
+        for (group, codes) in codes.chunks_exact_mut(LONG_GROUP_LEN).take(len.div_ceil(LONG_GROUP_LEN)).enumerate() {
+            let scale = if kept {
+                quantize::fp8_block(row, first / LONG_GROUP_LEN + group, codes)
+            } else {
+                quantize::quantize_fp8(&self.numbers[group * LONG_GROUP_LEN..][..LONG_GROUP_LEN], codes)
+            };
+            place.store(group, 0, scale);
+        }
+        for (word, quad) in self.words[lane].iter_mut().zip(codes.as_chunks::<4>().0) {
+            *word = fp8::word(*quad);
+        }
+    }
+
     /// Codes of the row to its words, scales to their place.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
@@ -291,7 +338,7 @@ impl Stage {
         first: usize,
         len: usize,
         lane: usize,
-        place: ScalePlace<'_>,
+        mut place: ScalePlace<'_>,
     ) {
         let kept = grouping.keeps(format);
         if !kept {
@@ -308,17 +355,9 @@ impl Stage {
             } else {
                 quantize::quantize_weights(grouping, &self.numbers[start..start + grouping.group_len], target)
             };
-            let step = &mut place.target[group * place.step_bytes + place.first..];
-            let mut store = |at: usize, number: f32| {
-                let target = &mut step[(at + place.lane) * place.size..][..place.size];
-                match place.size {
-                    2 => target.copy_from_slice(&half::f16::from_f32(number).to_ne_bytes()),
-                    _ => target.copy_from_slice(&number.to_ne_bytes()),
-                }
-            };
-            store(0, scale.scale);
+            place.store(group, 0, scale.scale);
             if grouping.has_min {
-                store(place.width, scale.min);
+                place.store(group, place.width, scale.min);
             }
         }
         let codes = &codes[..num_groups * grouping.group_len];

@@ -9,7 +9,7 @@
 //! | AVX2, f32     | 16    | 6x16 | one feature      | `[16]` f32, FMA            |
 //! | portable      | 16    | 4x16 | as AVX2          | as AVX2                    |
 //!
-//! Weights that are codes with scales have kernels of their own, see [`grouped`].
+//! Weights that are codes with scales have kernels of their own, see [`grouped`] and [`fp8`].
 //!
 //! A step loads the panel's weights once, and broadcasts one activation (or pair) per row over them. 24 accumulators of
 //! 6x64, four weights and a broadcast fill the 32 registers; a dot product of bf16 pairs has a latency of 6 cycles on
@@ -21,10 +21,11 @@ use std::arch::x86_64::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::compact::{avx512_pairs as avx512_compact_pairs, avx512_unpacking};
-use super::{compact, grouped};
+use super::{compact, fp8, grouped};
 use crate::WeightFormat;
 use crate::cpu::Isa;
 use crate::cpu::lanes::bf16_bits;
+use crate::weight_format::LONG_GROUP_LEN;
 
 /// The widest panel of any kernel.
 pub(super) const MAX_PANEL_WIDTH: usize = 64;
@@ -160,6 +161,20 @@ impl Kernel {
         let is_bf16 = match format {
             WeightFormat::F32 => false,
             WeightFormat::Bf16 => true,
+            WeightFormat::Fp8 => {
+                let tiles = fp8::tiles(isa);
+                return Self {
+                    panel_width: fp8::panel_width(isa),
+                    max_tile_rows: tiles.len(),
+                    features_per_step: LONG_GROUP_LEN,
+                    step_bytes: fp8::step_bytes(isa),
+                    activations: ActivationForm::Bf16,
+                    activation_step_bytes: LONG_GROUP_LEN * if isa == Isa::Avx512Bf16 { 2 } else { 4 },
+                    is_compact: false,
+                    tiles: Tiles::Grouped(tiles),
+                    unpacking: None,
+                };
+            }
             WeightFormat::Grouped(grouping) => {
                 let tiles = grouped::tiles(isa, grouping);
                 return Self {

@@ -8,12 +8,12 @@
 use half::f16;
 
 use super::compact::Beside;
-use super::grouped;
 use super::tile::Kernel;
+use super::{fp8, grouped};
 use crate::cpu::Isa;
 use crate::cpu::buffer::AlignedBytes;
 use crate::ops::linear::{WeightShape, quantize};
-use crate::weight_format::Grouping;
+use crate::weight_format::{Grouping, LONG_GROUP_LEN};
 use crate::{WeightFormat, WeightLayout};
 
 /// A packed matrix, see [`crate::WeightSource`].
@@ -125,6 +125,12 @@ impl CpuWeight {
                 let numbers = &self.panels.view::<f32>()[start / size_of::<f32>()..];
                 for (step, out) in out.iter_mut().enumerate() {
                     *out = numbers[step * width + lane];
+                }
+            }
+            WeightFormat::Fp8 => {
+                let steps = self.panels.view::<u8>()[start..].chunks_exact(self.kernel.step_bytes);
+                for (out, step) in out.chunks_mut(LONG_GROUP_LEN).zip(steps) {
+                    fp8::read_group(width, step, lane, out);
                 }
             }
             WeightFormat::Grouped(grouping) => {

@@ -57,6 +57,7 @@ pub(super) enum Kind {
     Int8Long = 2,
     Int8Short = 3,
     Int4 = 4,
+    Fp8 = 5,
 }
 
 /// Sizes of panels and stages.
@@ -75,6 +76,7 @@ impl Form {
         let (kind, panel_features, stage_features, stage_bytes) = match format {
             WeightFormat::Bf16 => (Kind::Bf16, 128, 64, 16 << 10),
             WeightFormat::F32 => (Kind::F32, 64, 1, 256),
+            WeightFormat::Fp8 => (Kind::Fp8, 128, 128, (16 << 10) + 128 * size_of::<f32>()),
             WeightFormat::Grouped(grouping) => {
                 let (kind, code_bytes) = match grouping.codes {
                     Codes::Int8 if grouping.group_len == LONG_GROUP_LEN => (Kind::Int8Long, 16 << 10),
@@ -192,6 +194,7 @@ impl Packer<'_> {
                         lane[..4].copy_from_slice(&number.to_le_bytes());
                     }
                 }
+                WeightFormat::Fp8 => self.fp8_row(part, row, place, target),
                 WeightFormat::Grouped(grouping) => self.grouped_row(grouping, part, row, place, target),
             }
         }
@@ -201,6 +204,29 @@ impl Packer<'_> {
         self.numbers.clear();
         self.numbers.resize(part.cols, 0.0);
         part.format.decode(row, &mut self.numbers);
+    }
+
+    fn fp8_row(&mut self, part: &HostTensor<'_>, row: &[u8], place: usize, target: &mut [u8]) {
+        let keeps = part.format == TensorFormat::F8E4M3;
+        if !keeps {
+            self.read(part, row);
+            self.numbers.resize(part.cols.next_multiple_of(LONG_GROUP_LEN), 0.0);
+        }
+        let mut codes = [0; LONG_GROUP_LEN];
+        for (group, stage) in target.chunks_exact_mut(self.form.stage_bytes).enumerate() {
+            let scale = if keeps {
+                quantize::fp8_block(row, group, &mut codes)
+            } else {
+                quantize::quantize_fp8(&self.numbers[group * LONG_GROUP_LEN..][..LONG_GROUP_LEN], &mut codes)
+            };
+            for (input, &code) in codes.iter().enumerate() {
+                let word = word_at(input / 32, place, input % 8 / 2, input % 16 / 8);
+                stage[word + input % 2 * 2 + 1 - input % 32 / 16] = code;
+            }
+            let (tile, place) = (place / TILE_FEATURES, place % TILE_FEATURES);
+            let at = stage.len() - 128 * size_of::<f32>() + ((tile * 8 + place % 8) * 2 + place / 8) * size_of::<f32>();
+            stage[at..at + 4].copy_from_slice(&scale.to_le_bytes());
+        }
     }
 
     fn grouped_row(&mut self, grouping: Grouping, part: &HostTensor<'_>, row: &[u8], place: usize, target: &mut [u8]) {
@@ -275,7 +301,7 @@ mod tests {
 
     #[test]
     fn panels_hold_every_feature_once() {
-        for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::int4()] {
+        for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Fp8, WeightFormat::int4()] {
             for layout in [WeightLayout::Stacked, WeightLayout::GateUp] {
                 for out_features in [2, 16, 62, 64, 66, 128, 130, 258] {
                     let shape = WeightShape { out_features, in_features: 1, layout, format };
