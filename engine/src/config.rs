@@ -130,8 +130,8 @@ pub struct EngineConfig {
     pub kv_cache_memory: u64,
     /// 1 plans the next step while one is computing; 0 plans after it, on a CPU: a card is always planned ahead for.
     pub pipeline_depth: u32,
-    /// Threads that compute which tokens a grammar allows, while the device computes the step; 0 is half of the cores, at
-    /// most 4. More help where many requests have grammars and the device is not this CPU.
+    /// Threads that compute which tokens a grammar allows, while the device computes the step. 0 is half of the cores, at most
+    /// 4, beside a card; on a CPU it is none: the threads that compute the step do it between.
     pub mask_threads: usize,
 }
 

@@ -1,12 +1,17 @@
-//! Masks of the rows whose choices obey a grammar, computed on threads of their own while the device computes the step.
+//! Masks of the rows whose choices obey a grammar.
 //!
 //! A row's grammar is told a token as soon as it is known, which is when the next step is launched: that step's forward
 //! pass needs only the token, which is on the device, and its sampling needs the mask. Rows without a grammar have no part
 //! in any of this.
 //!
+//! Where the device is a card, threads of their own compute masks during its forward pass. Where it is this CPU they would take
+//! cores from it and hold up whoever waits for the slowest: there the device's threads share the masks when they are done.
+//!
 //! ```text
 //!  launch N+1:  tokens of step N ──> threads: advance, mask ─────────────┐
-//!               forward pass of step N+1 (on the device) ──> logits ──> sample
+//!               forward pass of step N+1 (on the card)  ──> logits ──> sample
+//!
+//!               forward pass of step N+1 (on the CPU) ──> advance, mask ──> sample
 //! ```
 
 use std::collections::VecDeque;
@@ -20,8 +25,8 @@ use crate::constraint::{Grammar, NotAllowed, TokenConstraint};
 use crate::error::EngineError;
 
 /// Stack of a thread that follows grammars: automata are built by recursion over expressions that callers wrote, whose size
-/// is bounded before they come here. Only what is used of it is ever resident.
-const STACK_BYTES: usize = 64 << 20;
+/// is bounded before they come here. Only what is used of it is ever resident. Threads of a CPU's backend have as much.
+pub(crate) const STACK_BYTES: usize = 64 << 20;
 /// Most threads, where the number is not chosen: masks of a step are few and short.
 const MAX_THREADS: usize = 4;
 
@@ -88,12 +93,8 @@ fn lock(queues: &Mutex<Queues>) -> MutexGuard<'_, Queues> {
 }
 
 impl Masks {
-    /// For `num_rows` rows of `vocab_size` tokens, with so many threads; 0 is half of the cores, at most 4.
+    /// For `num_rows` rows of `vocab_size` tokens, with so many threads beside those that wait for masks.
     pub(crate) fn new(num_rows: usize, vocab_size: usize, num_threads: usize) -> Result<Self, EngineError> {
-        let num_threads = match num_threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2).min(MAX_THREADS),
-            chosen => chosen,
-        };
         let shared = Arc::new(Shared::default());
         let mut masks = Self {
             rows: (0..num_rows).map(|_| None).collect(),
@@ -112,6 +113,24 @@ impl Masks {
             })?);
         }
         Ok(masks)
+    }
+
+    /// Threads beside a device of this kind, where their number is not chosen.
+    pub(crate) fn default_threads(device_kind: &str) -> usize {
+        match device_kind {
+            "cpu" => 0,
+            _ => std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2).min(MAX_THREADS),
+        }
+    }
+
+    /// How many masks nobody has begun. As many calls of [`MaskWork::compute_next`] compute them.
+    pub(crate) fn num_waiting(&self) -> usize {
+        lock(&self.shared.queues).waiting.len()
+    }
+
+    /// For threads that have time.
+    pub(crate) fn work(&self) -> MaskWork<'_> {
+        MaskWork(&self.shared)
     }
 
     /// A choice that obeys `grammar` enters a row, with the tokens that it has already.
@@ -174,7 +193,7 @@ impl Masks {
         work.result.map(|()| &*work.mask)
     }
 
-    /// Takes the row's work, waiting for the thread that has it.
+    /// Takes the row's work: does what waits meanwhile, then waits for the thread that has it.
     fn take(&mut self, row: usize) -> Box<Work> {
         loop {
             let place = self.rows[row].as_mut().expect("the row obeys a grammar");
@@ -183,7 +202,10 @@ impl Masks {
             }
             let mut queues = lock(&self.shared.queues);
             while queues.done.is_empty() {
-                queues = self.shared.has_result.wait(queues).unwrap_or_else(PoisonError::into_inner);
+                queues = match queues.waiting.pop_front() {
+                    Some(job) => self.shared.compute(queues, job),
+                    None => self.shared.has_result.wait(queues).unwrap_or_else(PoisonError::into_inner),
+                };
             }
             for Job { row, entry, work } in queues.done.drain(..) {
                 if let Some(place) = &mut self.rows[row]
@@ -198,7 +220,23 @@ impl Masks {
     fn send(&mut self, row: usize, work: Box<Work>) {
         let job = Job { row, entry: self.entries[row], work };
         lock(&self.shared.queues).waiting.push_back(job);
-        self.shared.has_work.notify_one();
+        if !self.threads.is_empty() {
+            self.shared.has_work.notify_one();
+        }
+    }
+}
+
+/// Masks that wait for someone to compute them.
+#[derive(Clone, Copy)]
+pub(crate) struct MaskWork<'m>(&'m Shared);
+
+impl MaskWork<'_> {
+    /// Computes the mask that waits longest, if there is one.
+    pub(crate) fn compute_next(self) {
+        let mut queues = lock(&self.0.queues);
+        if let Some(job) = queues.waiting.pop_front() {
+            drop(self.0.compute(queues, job));
+        }
     }
 }
 
@@ -217,18 +255,23 @@ impl Shared {
     fn work(&self) {
         let mut queues = lock(&self.queues);
         while !queues.is_closing {
-            let Some(mut job) = queues.waiting.pop_front() else {
-                queues = self.has_work.wait(queues).unwrap_or_else(PoisonError::into_inner);
-                continue;
+            queues = match queues.waiting.pop_front() {
+                Some(job) => self.compute(queues, job),
+                None => self.has_work.wait(queues).unwrap_or_else(PoisonError::into_inner),
             };
-            drop(queues);
-            // A bug in following one grammar ends the choices that obey it, and nobody else.
-            let result = catch_unwind(AssertUnwindSafe(|| job.work.follow()));
-            job.work.result = result.unwrap_or(Err(NotAllowed));
-            queues = lock(&self.queues);
-            queues.done.push(job);
-            self.has_result.notify_one();
         }
+    }
+
+    /// Does a job with the lock let go.
+    fn compute<'q>(&'q self, queues: MutexGuard<'q, Queues>, mut job: Job) -> MutexGuard<'q, Queues> {
+        drop(queues);
+        // A bug in following one grammar ends the choices that obey it, and nobody else.
+        let result = catch_unwind(AssertUnwindSafe(|| job.work.follow()));
+        job.work.result = result.unwrap_or(Err(NotAllowed));
+        let mut queues = lock(&self.queues);
+        queues.done.push(job);
+        self.has_result.notify_one();
+        queues
     }
 }
 
@@ -324,7 +367,11 @@ mod tests {
 
     #[test]
     fn each_row_follows_its_own_tokens() {
-        let mut masks = Masks::new(3, 64, 2).unwrap();
+        (0..3).for_each(rows_follow_their_tokens);
+    }
+
+    fn rows_follow_their_tokens(num_threads: usize) {
+        let mut masks = Masks::new(3, 64, num_threads).unwrap();
         assert_eq!(masks.entry(0), None);
         masks.enter(0, Arc::new(Upwards), &request(None, 0), &[]);
         masks.enter(2, Arc::new(Upwards), &request(None, 0), &[2, 3]);
@@ -342,6 +389,26 @@ mod tests {
         assert_eq!(masks.wait(0), Ok(&[0b110, 0][..]));
         masks.leave(0);
         assert_eq!(masks.entry(0), None);
+    }
+
+    #[test]
+    fn whoever_has_time_computes_masks() {
+        let mut masks = Masks::new(8, 64, 0).unwrap();
+        (0..8).for_each(|row| masks.enter(row, Arc::new(Upwards), &request(None, 0), &[row as u32 + 1]));
+        // Rows that were left are computed too, and nobody hears of it.
+        masks.leave(3);
+        assert_eq!(masks.num_waiting(), 8);
+        let work = masks.work();
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| (0..5).for_each(|_| work.compute_next()));
+            }
+        });
+        assert_eq!(masks.num_waiting(), 0);
+        for row in (0..8).filter(|row| *row != 3) {
+            let expected = if row < 2 { Ok(()) } else { Err(NotAllowed) };
+            assert_eq!(masks.wait(row).map(|_| ()), expected, "{row}");
+        }
     }
 
     #[test]

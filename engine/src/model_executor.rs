@@ -157,7 +157,11 @@ impl<B: Backend> ModelExecutor<B> {
             shape: config.attention_shape(),
         };
         let size = decoder.size();
-        let masks = Masks::new(shape.max_num_seqs, vocab_size, engine.mask_threads)?;
+        let num_mask_threads = match engine.mask_threads {
+            0 => Masks::default_threads(backend.info().kind),
+            chosen => chosen,
+        };
+        let masks = Masks::new(shape.max_num_seqs, vocab_size, num_mask_threads)?;
         let take = || -> Result<_, EngineError> {
             let mut model = DeviceModel::alloc(&mut backend, decoder, shape)?;
             backend.reserve(&limits)?;

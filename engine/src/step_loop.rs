@@ -14,6 +14,7 @@ use crate::error::{EngineError, SubmitError};
 use crate::executor::Executor;
 use crate::handle::{Commands, EngineHandle, ModelInfo, QueuedSubmission, Shared, TokenEvent, Wait, lock};
 use crate::kv_events::MAX_STEP_EVENTS;
+use crate::masks::STACK_BYTES;
 use crate::observer::{StepObserver, StepReport};
 
 /// Submissions taken between two steps: what is left waits for the next boundary, so that a flood of them does not
@@ -67,7 +68,8 @@ pub(crate) fn spawn<E: Executor>(
         // with the loop.
         drop(step_loop);
     };
-    std::thread::Builder::new().name("quire-engine".to_owned()).spawn(run).map_err(|error| EngineError::Config {
+    let thread = std::thread::Builder::new().name("quire-engine".to_owned()).stack_size(STACK_BYTES);
+    thread.spawn(run).map_err(|error| EngineError::Config {
         field: "engine".to_owned(),
         why: format!("no thread could be started: {error}"),
     })?;

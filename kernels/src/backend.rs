@@ -135,6 +135,12 @@ pub trait Backend: Send + Sized + 'static {
     /// What this device is.
     fn info(&self) -> DeviceInfo;
 
+    /// Calls `work` once for each unit of `0..num_units`, on all threads of the host that the backend computes with; a device
+    /// elsewhere has none but this one. Returns when all are done.
+    fn run_on_host(&mut self, num_units: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..num_units).for_each(work);
+    }
+
     /// Zeroed memory for `len` numbers.
     fn alloc(&mut self, dtype: DType, len: usize) -> Result<Self::Buffer, KernelError>;
     /// Copies `data` to `buffer[offset..]`. Fails unless the buffer holds `F32` and has room.

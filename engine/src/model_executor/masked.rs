@@ -49,7 +49,8 @@ pub(super) fn tell_grammars<B: Backend>(
     Ok(())
 }
 
-/// Hands the masks of the step's rows to the sampler.
+/// Hands the masks of the step's rows to the sampler. Those that nobody computed yet are computed by the threads that the
+/// backend has.
 pub(super) fn set_masks<B: Backend>(
     backend: &mut B,
     model: &mut DeviceModel<B>,
@@ -57,6 +58,8 @@ pub(super) fn set_masks<B: Backend>(
     batch: &InputBatch,
     step: &mut InFlight<B>,
 ) -> Result<(), KernelError> {
+    let work = masks.work();
+    backend.run_on_host(masks.num_waiting(), &|_| work.compute_next());
     for (sampled_index, row) in sampled_rows(batch).enumerate() {
         let Some(entry) = masks.entry(row as usize) else { continue };
         match masks.wait(row as usize) {

@@ -98,6 +98,10 @@ impl Backend for CpuBackend {
         DeviceInfo { kind: "cpu", name: cpu_name(), isa: self.isa.name().to_owned(), num_units: self.num_threads() }
     }
 
+    fn run_on_host(&mut self, num_units: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.pool.run_units(num_units, &|_, unit| work(unit));
+    }
+
     fn alloc(&mut self, dtype: DType, len: usize) -> Result<CpuBuffer, KernelError> {
         CpuBuffer::zeroed(dtype, len)
     }

@@ -23,6 +23,9 @@ use crate::KernelError;
 /// Turns of `spin_loop` before sleeping: 30 microseconds where `pause` takes 25 ns (Zen 4), 50 where 40 ns (Skylake on).
 const NUM_SPINS: u32 = 1200;
 
+/// Stack of a worker: what a caller has it run may recurse. Only what is used of it is ever resident.
+const STACK_BYTES: usize = 64 << 20;
+
 type Job = *const (dyn Fn(usize) + Sync);
 
 /// See the module's documentation. Worker 0 is the thread that calls [`ThreadPool::run`].
@@ -113,6 +116,7 @@ impl ThreadPool {
             let shared = Arc::clone(&pool.shared);
             let worker = thread::Builder::new()
                 .name(format!("quire-cpu-{index}"))
+                .stack_size(STACK_BYTES)
                 .spawn(move || shared.work(index))
                 .map_err(|error| KernelError::Device { device: "cpu", cause: format!("thread {index}: {error}") })?;
             pool.workers.push(worker);

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot};
 
+use super::warm::warmed;
 use super::{CompiledGrammar, GrammarError, GrammarSource, Vocabulary};
 use crate::error::ApiError;
 
@@ -260,7 +261,9 @@ fn compile(vocabulary: &Vocabulary, source: GrammarSource) -> Compiled {
     }
     // What cannot begin cannot be enforced; and the first mask, which all choices begin with, is computed here.
     match matcher.compute_mask() {
-        Ok(_) => Ok(Arc::new(CompiledGrammar::new(matcher, Arc::clone(vocabulary.eos_token_ids())))),
+        Ok(_) => {
+            Ok(Arc::new(CompiledGrammar::new(warmed(matcher, vocabulary), Arc::clone(vocabulary.eos_token_ids()))))
+        }
         Err(_) => Err(match matcher.stop_reason() {
             StopReason::LexerTooComplex | StopReason::ParserTooComplex => {
                 GrammarError::TooComplex { budget: "step_fuel", of: String::new() }

@@ -12,6 +12,7 @@ mod rewrite;
 mod schema;
 mod source;
 mod vocabulary;
+mod warm;
 
 pub use compiled::CompiledGrammar;
 pub use compiler::{GrammarLimits, Grammars};

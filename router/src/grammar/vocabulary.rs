@@ -3,15 +3,20 @@
 use std::sync::Arc;
 
 use llguidance::earley::SlicedBiasComputer;
-use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
+use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{ParserFactory, api::ParserLimits};
 
 use crate::detokenizer::TokenTable;
+
+/// What ends the strings, lists and objects of JSON, and what else grammars often write.
+const CLOSING: [&str; 6] = ["\"", "}", "]", ",", ")", "\n"];
 
 /// The tokens of one model, and which of them end a sequence.
 pub struct Vocabulary {
     factory: ParserFactory,
     eos_token_ids: Arc<[u32]>,
+    /// Tokens that end what a structured output may be within.
+    closing: Vec<u32>,
 }
 
 impl Vocabulary {
@@ -37,16 +42,36 @@ impl Vocabulary {
             })
             .collect();
         let trie = TokTrie::from(&TokRxInfo::new(vocab_size, first_eos), &words).with_eos_tokens(&eos_token_ids);
+        let closing = CLOSING.iter().filter_map(|text| trie.token_id(text.as_bytes())).collect();
         let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let slices = SlicedBiasComputer::general_slices();
         let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices).ok()?;
         factory.quiet();
         *factory.limits_mut() = limits;
-        Some(Self { factory, eos_token_ids })
+        Some(Self { factory, eos_token_ids, closing })
     }
 
     pub(super) fn factory(&self) -> &ParserFactory {
         &self.factory
+    }
+
+    /// A token of `mask` that does not end the output: any of them, or in every fourth step one that closes something where
+    /// there is one. `None` where only the end is allowed.
+    pub(super) fn step_of_walk(&self, mask: &SimpleVob, step: usize, random: u64) -> Option<u32> {
+        if step % 4 == 3
+            && let Some(closing) = self.closing.iter().find(|id| mask.is_allowed(**id))
+        {
+            return Some(*closing);
+        }
+        let is_end = |id: &u32| self.eos_token_ids.contains(id);
+        let num_allowed = mask.num_set() - self.eos_token_ids.iter().filter(|id| mask.is_allowed(**id)).count();
+        let chosen = (random >> 32) as usize % num_allowed.max(1);
+        mask.iter().filter(|id| !is_end(id)).nth(chosen)
+    }
+
+    #[cfg(test)]
+    pub(super) fn limit(&mut self, set: impl FnOnce(&mut ParserLimits)) {
+        set(self.factory.limits_mut());
     }
 
     pub(super) fn eos_token_ids(&self) -> &Arc<[u32]> {

@@ -36,6 +36,7 @@ pub struct Options {
     vocab_size: u32,
     text: bool,
     prompt_file: Option<PathBuf>,
+    extra_body: serde_json::Map<String, serde_json::Value>,
     seed: u64,
     ttft_ms: Option<f64>,
     tpot_ms: Option<f64>,
@@ -83,6 +84,12 @@ pub(super) fn command() -> clap::Command {
             text("prompt-file", "FILE", "Send the lines of FILE in turn instead")
                 .value_parser(clap::value_parser!(PathBuf)),
         )
+        .arg(text("extra-body", "JSON", "Fields of every request beside these, or in place of them").value_parser(
+            |text: &str| {
+                serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text)
+                    .map_err(|error| format!("must be a JSON object: {error}"))
+            },
+        ))
         .arg(text("seed", "N", "Of prompts and arrivals").value_parser(clap::value_parser!(u64)).default_value("0"))
         .arg(positive("ttft-ms", "Goodput counts requests whose first token came within this"))
         .arg(positive("tpot-ms", "Goodput counts requests whose later tokens came within this each, on average"))
@@ -107,6 +114,7 @@ impl Options {
             vocab_size: value(matches, "vocab-size"),
             text: matches.get_flag("text"),
             prompt_file: matches.get_one("prompt-file").cloned(),
+            extra_body: matches.get_one("extra-body").cloned().unwrap_or_default(),
             seed: value(matches, "seed"),
             ttft_ms: matches.get_one("ttft-ms").copied(),
             tpot_ms: matches.get_one("tpot-ms").copied(),
@@ -140,13 +148,14 @@ struct Run {
     model: String,
     prompts: Prompts,
     output_tokens: u32,
+    extra_body: serde_json::Map<String, serde_json::Value>,
     timeout: Duration,
 }
 
 impl Run {
     /// Sends the request of this number. Warm-up requests have numbers of their own, so that no prompt comes twice.
     async fn send(&self, number: u64) -> Outcome {
-        let body = self.prompts.body(number, &self.model, self.output_tokens);
+        let body = self.prompts.body(number, &self.model, self.output_tokens, &self.extra_body);
         self.client.complete(body, self.timeout).await
     }
 }
@@ -160,8 +169,8 @@ async fn measure(options: Options, target: Target, prompts: Prompts) -> Result<R
             .await
             .map_err(|why| BenchError::Failed(format!("{} does not say which models it has: {why}", options.url)))?,
     };
-    let (output_tokens, timeout) = (options.output_tokens, options.timeout);
-    let run = Arc::new(Run { client, model, prompts, output_tokens, timeout });
+    let Options { output_tokens, extra_body, timeout, .. } = options.clone();
+    let run = Arc::new(Run { client, model, prompts, output_tokens, extra_body, timeout });
     for number in 0..options.num_warm_up {
         run.send(u64::from(options.num_requests) + u64::from(number)).await;
     }

@@ -1,6 +1,6 @@
 //! What is sent: random prompts that have nothing in common, or the lines of a file.
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::Options;
 
@@ -38,8 +38,8 @@ impl Prompts {
         if lines.is_empty() { Err(refuse("has no lines".to_owned())) } else { Ok(Self::Lines(lines)) }
     }
 
-    /// The body of a request; the same number gives the same prompt.
-    pub(super) fn body(&self, number: u64, model: &str, output_tokens: u32) -> String {
+    /// The body of a request; the same number gives the same prompt. What `extra` names is as it says.
+    pub(super) fn body(&self, number: u64, model: &str, output_tokens: u32, extra: &Map<String, Value>) -> String {
         let prompt = match self {
             Self::Tokens { len, vocab_size, seed } => {
                 let mut rng = Rng::of_request(*seed, number);
@@ -48,11 +48,11 @@ impl Prompts {
             Self::Words { len, seed } => {
                 let mut rng = Rng::of_request(*seed, number);
                 let words: Vec<&str> = (0..*len).map(|_| WORDS[rng.below(WORDS.len() as u64) as usize]).collect();
-                serde_json::Value::from(words.join(" "))
+                Value::from(words.join(" "))
             }
             Self::Lines(lines) => lines[(number % lines.len() as u64) as usize].as_str().into(),
         };
-        json!({
+        let mut body = json!({
             "model": model,
             "prompt": prompt,
             "max_tokens": output_tokens,
@@ -60,8 +60,11 @@ impl Prompts {
             "ignore_eos": true,
             "stream": true,
             "stream_options": {"include_usage": true},
-        })
-        .to_string()
+        });
+        for (name, value) in extra {
+            body[name] = value.clone();
+        }
+        body.to_string()
     }
 }
 
@@ -100,7 +103,7 @@ mod tests {
     use super::*;
 
     fn tokens(prompts: &Prompts, number: u64) -> Vec<u64> {
-        let body: serde_json::Value = serde_json::from_str(&prompts.body(number, "m", 5)).unwrap();
+        let body: serde_json::Value = serde_json::from_str(&prompts.body(number, "m", 5, &Map::new())).unwrap();
         assert_eq!((&body["model"], &body["max_tokens"]), (&json!("m"), &json!(5)));
         body["prompt"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect()
     }
@@ -114,6 +117,14 @@ mod tests {
         assert_eq!(first, tokens(&prompts, 0));
         assert_ne!(first, tokens(&prompts, 1));
         assert_ne!(first, tokens(&Prompts::Tokens { len: 300, vocab_size: 7, seed: 2 }, 0));
+    }
+
+    #[test]
+    fn extra_fields_come_beside_the_others_or_in_their_place() {
+        let extra = json!({"temperature": 0.5, "n": 2});
+        let prompts = Prompts::Words { len: 2, seed: 0 };
+        let body: Value = serde_json::from_str(&prompts.body(0, "m", 5, extra.as_object().unwrap())).unwrap();
+        assert_eq!((&body["temperature"], &body["n"], &body["max_tokens"]), (&json!(0.5), &json!(2), &json!(5)));
     }
 
     #[test]

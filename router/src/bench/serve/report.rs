@@ -226,6 +226,7 @@ mod tests {
             vocab_size: 9,
             text: false,
             prompt_file: None,
+            extra_body: serde_json::Map::new(),
             seed: 0,
             ttft_ms: Some(200.0),
             tpot_ms: Some(50.0),
