@@ -24,7 +24,7 @@ peers      90   the same shapes by torch, where it is installed
 model     180   Llama-3.1-8B's shape, random weights: decoding behind 1,024 tokens, and a prompt of 1,024
 ready      90   from exec to ready, with device code in its cache
 served    150   the same model through HTTP, 256 streams
-formats   160   fp8, int8, int4 and the caches of int8
+formats   160   fp8, int8, int4 and the caches of int8 and fp8
 generate  150   the same shape by transformers, where it is installed
 "
 
@@ -184,7 +184,7 @@ part_bits() { run_tests bits "$1" engine same_bits device_code; }
 part_attention() { ops attention "$1" --op attention --sequences 32x4096,256x1024,1x1024,1x8192,1x1024x1024,1x4096x8192; }
 part_skinny() { ops skinny "$1" --op linear --linear 6144x4096,4096x4096,28672x4096:gate-up,4096x14336,128256x4096 --rows 1,8,16,32,64 --milliseconds 120; }
 part_large() { ops large "$1" --op linear --rows 2048,4096,8192 --milliseconds 400; }
-part_formats() { ops formats "$1" --formats fp8,int8,int4 --cache int8 --rows 1,16,64 --milliseconds 100; }
+part_formats() { ops formats "$1" --formats fp8,int8,int4 --cache int8,fp8 --rows 1,16,64 --milliseconds 100; }
 part_peers() { python peers "$1" peers.py ops; }
 part_generate() { python generate "$1" peers.py generate "$model"; }
 part_model() {

@@ -78,6 +78,8 @@ pub enum KvDTypeChoice {
     Bf16,
     /// Whole numbers of 8 bits, one f32 scale per token and head for K and one for V.
     Int8,
+    /// Floats of 8 bits (e4m3) with such scales.
+    Fp8,
 }
 
 /// Where the weights' values come from.
@@ -118,7 +120,8 @@ pub struct EngineConfig {
     /// as `int8` and leaves activations in bf16.
     pub quantize: QuantizeChoice,
     /// `auto` stores the KV cache as `dtype` says; `int8` holds almost twice as many tokens as `bf16` in the same memory,
-    /// and attention over long contexts is faster, for outputs that differ a little.
+    /// and attention over long contexts is faster, for outputs that differ a little. `fp8` takes as much and loses more: its
+    /// numbers have three bits of fraction.
     pub kv_dtype: KvDTypeChoice,
     /// `dummy` fills the shapes with seeded random weights.
     pub load_format: LoadFormat,

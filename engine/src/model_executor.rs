@@ -572,6 +572,7 @@ pub(crate) fn kv_dtype(choice: KvDTypeChoice, dtype: DType) -> DType {
         KvDTypeChoice::F32 => DType::F32,
         KvDTypeChoice::Bf16 => DType::Bf16,
         KvDTypeChoice::Int8 => DType::I8,
+        KvDTypeChoice::Fp8 => DType::F8E4M3,
     }
 }
 

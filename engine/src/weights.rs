@@ -470,7 +470,9 @@ fn draw(seed: u64, name: &str, len: usize, dtype: DType) -> Vec<u8> {
     };
     let values = (0..1 << TABLE_BITS).map(value);
     match dtype {
-        DType::F32 | DType::U32 | DType::I8 => pick(key, len, &values.map(f32::to_le_bytes).collect::<Vec<_>>()),
+        DType::F32 | DType::U32 | DType::I8 | DType::F8E4M3 => {
+            pick(key, len, &values.map(f32::to_le_bytes).collect::<Vec<_>>())
+        }
         DType::Bf16 => pick(key, len, &values.map(|v| bf16::from_f32(v).to_le_bytes()).collect::<Vec<_>>()),
         DType::F16 => pick(key, len, &values.map(|v| f16::from_f32(v).to_le_bytes()).collect::<Vec<_>>()),
     }

@@ -122,7 +122,7 @@ impl Setup {
 fn start(setup: &Setup, variant: Variant) -> EngineHandle {
     let vector_bytes = match (setup.kv_dtype, setup.dtype) {
         // And a scale.
-        (KvDTypeChoice::Int8, _) => 16 + 4,
+        (KvDTypeChoice::Int8 | KvDTypeChoice::Fp8, _) => 16 + 4,
         (KvDTypeChoice::F32, _) | (KvDTypeChoice::Auto, DTypeChoice::F32) => 16 * 4,
         _ => 16 * 2,
     };
@@ -316,6 +316,8 @@ async fn llama_with_a_quantized_cache() {
     for isa in Isa::available() {
         let setup = Setup::new(tiny_model(1, TinyModel::Llama), isa, 17);
         check_all(Setup { kv_dtype: KvDTypeChoice::Int8, ..setup }, 17).await;
+        let setup = Setup::new(tiny_model(1, TinyModel::Llama), isa, 17);
+        check_all(Setup { kv_dtype: KvDTypeChoice::Fp8, ..setup }, 17).await;
     }
 }
 

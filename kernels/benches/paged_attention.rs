@@ -32,7 +32,7 @@ const BATCHES: [(usize, usize, usize); 10] = [
     (8, 64, 1024),
 ];
 
-const DTYPES: [DType; 3] = [DType::Bf16, DType::I8, DType::F32];
+const DTYPES: [DType; 4] = [DType::Bf16, DType::I8, DType::F8E4M3, DType::F32];
 
 const BLOCK_SIZE: usize = 16;
 
@@ -73,7 +73,7 @@ impl Case {
                     part.copy_from_slice(&numbers[..part.len()]);
                 }
             }
-            DType::I8 => {
+            DType::I8 | DType::F8E4M3 => {
                 // A part is whole heads of a block, so that scales are scales.
                 let layout = *kv.layout();
                 let mut part = vec![1; layout.head_bytes()];

@@ -32,8 +32,8 @@
         name: "paged_attention",
         arch: Arch::Sm80,
         text: include_bytes!("paged_attention.sm_80.ptx"),
-        sha256: "0c8d31ed39f7239f4b1eda7a5abd5769c69274ea93f25005aab7ba8895abc47c",
-        source_sha256: "4adcf72a3b284f7ef5ed24296a740312a9fe464c5fcc131dd0fc6240a0e5688a",
+        sha256: "2a40fd5f079dc5406798b2a316b00126b0f5b86940c3ebe50881dc2ef2cbaae6",
+        source_sha256: "634c75e9849b113c75b1bf11dd979c95f94db7000e06b9a67aa6ce679af2bb24",
     },
     PtxModule {
         name: "peaks",
@@ -53,8 +53,8 @@
         name: "rope_kv_write",
         arch: Arch::Sm80,
         text: include_bytes!("rope_kv_write.sm_80.ptx"),
-        sha256: "2110f4c69dde36f61bb8b364de72a7922d96dcdb60f9898ed742fab8141b070a",
-        source_sha256: "07da2ca31746bd40c446b19be2ae666d162857f6cac5d2f5568c5473cce7557e",
+        sha256: "79774718d37a277b653807a4b797c55345070dea3b09a5c7dac301c5e4788016",
+        source_sha256: "cd70870168213e4227c613860a44f2bf7f588a8f63bdd9f8889214e061f1f385",
     },
     PtxModule {
         name: "rope_table",

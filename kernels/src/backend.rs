@@ -22,6 +22,8 @@ pub enum DType {
     U32,
     /// Whole numbers of a quantized KV cache.
     I8,
+    /// Numbers of [`crate::e4m3`] of one.
+    F8E4M3,
 }
 
 impl DType {
@@ -30,7 +32,7 @@ impl DType {
         match self {
             Self::F32 | Self::U32 => 4,
             Self::Bf16 | Self::F16 => 2,
-            Self::I8 => 1,
+            Self::I8 | Self::F8E4M3 => 1,
         }
     }
 
@@ -42,7 +44,13 @@ impl DType {
             Self::F16 => "f16",
             Self::U32 => "u32",
             Self::I8 => "int8",
+            Self::F8E4M3 => "fp8",
         }
+    }
+
+    /// Whether numbers of a KV cache have a scale for each token and head.
+    pub const fn is_quantized(self) -> bool {
+        matches!(self, Self::I8 | Self::F8E4M3)
     }
 }
 

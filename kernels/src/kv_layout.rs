@@ -1,6 +1,6 @@
 //! Where a token's K and V lie in a block of the cache.
 
-use crate::{DType, KernelError};
+use crate::{DType, KernelError, e4m3};
 
 /// Largest `head_dim` that attention is written for.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -13,9 +13,9 @@ pub const BLOCK_SIZE_MULTIPLE: usize = 16;
 /// Numbers are ordered by layer, block, KV head; then, per head of a block, K as `[head_dim / 2][block_size][2]`, so
 /// that for a pair of dimensions the tokens of a block lie side by side in one vector and a query pair is broadcast over
 /// them; then V as `[block_size / 2][head_dim][2]`, so that for a pair of tokens the dimensions lie side by side. With
-/// `F32` the pairs are not interleaved: K is `[head_dim][block_size]`, V is `[block_size][head_dim]`. With `I8` a number
-/// is a whole number times the scale of its token and head: after V lie the scales of K, `[block_size]`, then those of V,
-/// as `F32`; see [`quantize`].
+/// `F32` the pairs are not interleaved: K is `[head_dim][block_size]`, V is `[block_size][head_dim]`. With `I8` and
+/// `F8E4M3` a number is a code times the scale of its token and head: after V lie the scales of K, `[block_size]`, then those
+/// of V, as `F32`; see [`quantize`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     pub num_layers: usize,
@@ -25,7 +25,7 @@ pub struct KvLayout {
     pub num_kv_heads: usize,
     /// A multiple of 2.
     pub head_dim: usize,
-    /// `F32`, `Bf16` or `I8`.
+    /// `F32`, `Bf16`, `I8` or `F8E4M3`.
     pub dtype: DType,
 }
 
@@ -50,37 +50,41 @@ pub struct KvToken {
     /// Index of dimension 0 of V, and numbers from a dimension to the next.
     pub v_start: usize,
     pub v_stride: usize,
-    /// Of `I8`: indices of the scales of K and of V, in numbers of `F32`.
+    /// Of quantized numbers: indices of the scales of K and of V, in numbers of `F32`.
     pub scales: Option<[usize; 2]>,
 }
 
-/// Rounds the numbers of one token and head to whole numbers of -127 to 127 times a scale, which is returned: the largest
-/// magnitude over 127. Where one is no finite number, the scale is NaN, so that whoever looks at the token learns of it.
-pub fn quantize(x: &[f32], codes: &mut [i8]) -> f32 {
+/// Rounds the numbers of one token and head to codes of `dtype` (whole numbers of -127 to 127, or numbers of [`e4m3`] as their
+/// bits) times a scale, which is returned: the largest magnitude over the largest code. Where one is no finite number, the
+/// scale is NaN, so that whoever looks at the token learns of it.
+pub fn quantize(dtype: DType, x: &[f32], codes: &mut [i8]) -> f32 {
+    let is_float = matches!(dtype, DType::F8E4M3);
+    let most = if is_float { e4m3::MAX } else { 127.0 };
     let mut largest = 0.0_f32;
     let mut is_finite = true;
     for &x in x {
         is_finite &= x.is_finite();
         largest = largest.max(x.abs());
     }
-    let inverse = 127.0 / largest;
+    let inverse = most / largest;
     // Numbers so small that the quotient overflows are zeros.
     if !is_finite || !inverse.is_finite() {
         codes.fill(0);
         return if is_finite { 0.0 } else { f32::NAN };
     }
     for (code, &x) in codes.iter_mut().zip(x) {
-        *code = (x * inverse).round_ties_even() as i8;
+        let x = x * inverse;
+        *code = if is_float { e4m3::from_f32(x).cast_signed() } else { x.round_ties_even() as i8 };
     }
-    largest / 127.0
+    largest / most
 }
 
 impl KvLayout {
     /// Refuses what no device can hold or read: zero sizes, a block size that is not a multiple of 16, an odd or too
-    /// large `head_dim`, a type other than `F32`, `Bf16` and `I8`, slots that do not fit a `u32`.
+    /// large `head_dim`, a type that no cache has, slots that do not fit a `u32`.
     pub fn validate(&self) -> Result<(), KernelError> {
         const OP: &str = "kv_layout";
-        if !matches!(self.dtype, DType::F32 | DType::Bf16 | DType::I8) {
+        if !matches!(self.dtype, DType::F32 | DType::Bf16) && !self.dtype.is_quantized() {
             return Err(KernelError::Type { op: OP, argument: "dtype", found: self.dtype.name() });
         }
         let sizes = [
@@ -116,7 +120,7 @@ impl KvLayout {
 
     /// Bytes of the scales of one head of a block.
     const fn scale_bytes(&self) -> usize {
-        if matches!(self.dtype, DType::I8) { 2 * self.block_size * size_of::<f32>() } else { 0 }
+        if self.dtype.is_quantized() { 2 * self.block_size * size_of::<f32>() } else { 0 }
     }
 
     /// Bytes that one block takes in all layers.
@@ -162,7 +166,7 @@ impl KvLayout {
     /// Indices of the scales of K and of V of one token and head, in numbers of `F32` from the start of the cache. `None`
     /// where numbers have no scale.
     pub const fn scale_indices(&self, place: KvPlace) -> Option<[usize; 2]> {
-        if !matches!(self.dtype, DType::I8) {
+        if !self.dtype.is_quantized() {
             return None;
         }
         let first = (self.head_index(place.layer, place.block, place.kv_head) + 2 * self.v_offset()) / size_of::<f32>();
@@ -196,7 +200,7 @@ mod tests {
         KvLayout { num_layers: 2, num_blocks: 3, block_size: 16, num_kv_heads: 2, head_dim: 6, dtype }
     }
 
-    const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::I8];
+    const DTYPES: [DType; 4] = [DType::F32, DType::Bf16, DType::I8, DType::F8E4M3];
 
     #[test]
     fn indices_are_a_permutation_of_the_cache() {
@@ -261,7 +265,7 @@ mod tests {
     fn quantized_numbers_are_off_by_half_a_step_at_most_and_what_is_no_number_shows() {
         let quantized = |x: &[f32]| {
             let mut codes = vec![99; x.len()];
-            let scale = quantize(x, &mut codes);
+            let scale = quantize(DType::I8, x, &mut codes);
             (codes, scale)
         };
         let mut rng = crate::testing::Rng::new(1);
@@ -276,7 +280,26 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let (codes, scale) = quantized(&[1.0, bad]);
             assert!(codes == [0, 0] && scale.is_nan());
+            let mut codes = [99; 2];
+            assert!(quantize(DType::F8E4M3, &[1.0, bad], &mut codes).is_nan() && codes == [0, 0]);
         }
+    }
+
+    #[test]
+    fn quantized_floats_are_off_by_half_a_step_of_their_own_at_most() {
+        let x = crate::testing::Rng::new(1).outliers(128);
+        let mut codes = [0; 128];
+        let scale = quantize(DType::F8E4M3, &x, &mut codes);
+        for (&x, code) in x.iter().zip(codes) {
+            let found = f64::from(e4m3::to_f32(code.cast_unsigned())) * f64::from(scale);
+            let step = (f64::from(x).abs() / 16.0).max(f64::from(scale) / 1024.0);
+            assert!((f64::from(x) - found).abs() <= 1.0001 * step, "{x} {found}");
+        }
+        let mut codes = [99; 3];
+        assert_eq!(quantize(DType::F8E4M3, &[0.0, -3.0, 1.5], &mut codes), 3.0 / 448.0);
+        assert_eq!(codes.map(|code| e4m3::to_f32(code.cast_unsigned())), [0.0, -448.0, 224.0]);
+        assert_eq!(quantize(DType::F8E4M3, &[0.0, 1e-40, 0.0], &mut codes), 0.0);
+        assert_eq!(codes, [0; 3]);
     }
 
     #[test]

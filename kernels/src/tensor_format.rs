@@ -295,7 +295,7 @@ impl From<DType> for TensorFormat {
             DType::F32 => Self::F32,
             DType::Bf16 => Self::Bf16,
             DType::F16 => Self::F16,
-            DType::U32 | DType::I8 => panic!("neither indices nor whole numbers of a cache"),
+            DType::U32 | DType::I8 | DType::F8E4M3 => panic!("neither indices nor what a cache is quantized to"),
         }
     }
 }

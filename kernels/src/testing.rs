@@ -15,7 +15,7 @@ use half::bf16;
 use crate::cpu::{CpuBackend, CpuConfig, CpuKv, Isa};
 use crate::cuda::{CudaBackend, Device, Driver};
 use crate::kv_layout::{KvPlace, quantize};
-use crate::{DType, KernelError};
+use crate::{DType, KernelError, e4m3};
 
 /// How far a number may be from what is expected: `abs + rel * |expected|`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -127,8 +127,8 @@ pub fn poison_kv(kv: &mut CpuKv) {
     let op = "poison_kv";
     match kv.layout().dtype {
         DType::F32 => kv.f32_mut(op).expect("f32").fill(POISON),
-        // As whole numbers 127, 127, -1, 127.
-        DType::I8 => {
+        // As whole numbers 127, 127, -1, 127; of e4m3 none is a number.
+        DType::I8 | DType::F8E4M3 => {
             let bits = POISON.to_bits();
             kv.scales_mut(op).expect("int8").fill(f32::from_bits(bits | 0x7f_7f7f));
         }
@@ -141,7 +141,7 @@ pub fn write_kv(kv: &mut CpuKv, place: KvPlace, k: &[f32], v: &[f32]) {
     let (op, layout) = ("write_kv", *kv.layout());
     let mut codes = [vec![0; k.len()], vec![0; v.len()]];
     if let Some(at) = layout.scale_indices(place) {
-        let scales = [quantize(k, &mut codes[0]), quantize(v, &mut codes[1])];
+        let scales = [quantize(layout.dtype, k, &mut codes[0]), quantize(layout.dtype, v, &mut codes[1])];
         for (at, scale) in at.into_iter().zip(scales) {
             kv.scales_mut(op).expect("int8")[at] = scale;
         }
@@ -151,7 +151,7 @@ pub fn write_kv(kv: &mut CpuKv, place: KvPlace, k: &[f32], v: &[f32]) {
             let at = if part == 0 { layout.k_index(place, dim) } else { layout.v_index(place, dim) };
             match layout.dtype {
                 DType::F32 => kv.f32_mut(op).expect("f32")[at] = x,
-                DType::I8 => kv.i8_mut(op).expect("int8")[at] = codes[part][dim],
+                DType::I8 | DType::F8E4M3 => kv.i8_mut(op).expect("int8")[at] = codes[part][dim],
                 _ => kv.bf16_mut(op).expect("bf16")[at] = bf16::from_f32(x).to_bits(),
             }
         }
@@ -164,10 +164,14 @@ pub fn read_kv(kv: &CpuKv, place: KvPlace, dim: usize) -> [f64; 2] {
     let at = [layout.k_index(place, dim), layout.v_index(place, dim)];
     match layout.dtype {
         DType::F32 => at.map(|at| f64::from(kv.f32(op).expect("f32")[at])),
-        DType::I8 => {
+        DType::I8 | DType::F8E4M3 => {
             let scales = layout.scale_indices(place).expect("quantized numbers have scales");
             let scales = scales.map(|at| f64::from(kv.scales(op).expect("int8")[at]));
-            let codes = at.map(|at| f64::from(kv.i8(op).expect("int8")[at]));
+            let code = |code: i8| match layout.dtype {
+                DType::F8E4M3 => f64::from(e4m3::to_f32(code.cast_unsigned())),
+                _ => f64::from(code),
+            };
+            let codes = at.map(|at| code(kv.i8(op).expect("int8")[at]));
             [codes[0] * scales[0], codes[1] * scales[1]]
         }
         _ => at.map(|at| f64::from(bf16::from_bits(kv.bf16(op).expect("bf16")[at]))),

@@ -92,7 +92,9 @@ impl ReadCache for CpuBackend {
         let mut copy = self.alloc_kv(kv.layout()).expect("room");
         match kv.layout().dtype {
             DType::F32 => copy.f32_mut("copy").expect("f32").copy_from_slice(kv.f32("copy").expect("f32")),
-            DType::I8 => copy.i8_mut("copy").expect("int8").copy_from_slice(kv.i8("copy").expect("int8")),
+            DType::I8 | DType::F8E4M3 => {
+                copy.i8_mut("copy").expect("int8").copy_from_slice(kv.i8("copy").expect("int8"))
+            }
             _ => copy.bf16_mut("copy").expect("bf16").copy_from_slice(kv.bf16("copy").expect("bf16")),
         }
         copy
@@ -109,7 +111,7 @@ impl<D: Device> ReadCache for CudaBackend<D> {
                 let numbers = bytes.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x));
                 copy.f32_mut("copy").expect("f32").iter_mut().zip(numbers).for_each(|(to, x)| *to = x);
             }
-            DType::I8 => {
+            DType::I8 | DType::F8E4M3 => {
                 let numbers = bytes.iter().map(|&x| x as i8);
                 copy.i8_mut("copy").expect("int8").iter_mut().zip(numbers).for_each(|(to, x)| *to = x);
             }
@@ -149,7 +151,7 @@ fn cache_index(layout: &KvLayout, place: KvPlace) -> usize {
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (num_heads, num_kv_heads, head_dim) in [(1, 1, 2), (4, 1, 8), (6, 2, 24), (7, 1, 64), (8, 2, 128)] {
-        for dtype in [DType::F32, DType::Bf16, DType::I8] {
+        for dtype in [DType::F32, DType::Bf16, DType::I8, DType::F8E4M3] {
             for (has_norm, num_tokens) in [(false, 1), (true, 17), (false, 70)] {
                 let shape = AttentionShape { num_heads, num_kv_heads, head_dim };
                 cases.push(Case { shape, dtype, has_norm, num_tokens });
@@ -204,6 +206,8 @@ fn check_all_cases<B: ReadCache>(mut backends: Vec<B>) {
                 DType::F32 => TOLERANCE,
                 // Half a step of a token's scale, which is the largest magnitude over 127.
                 DType::I8 => Tolerance { abs: 4e-6 + 0.501 * largest / 127.0, rel: 0.0 },
+                // Half a step of a number's own, or of the smallest ones of a scale.
+                DType::F8E4M3 => Tolerance { abs: 4e-6 + 0.501 * largest / 448.0 / 512.0, rel: 1.0 / 16.0 + 1e-5 },
                 _ => TOLERANCE_BF16,
             };
             assert_close(&cache, &expected_cache, tolerance);
@@ -245,17 +249,23 @@ fn a_quantized_token_has_its_own_scales_and_shows_what_is_no_number() {
     check_scales(cpu_backends(&[1, 2]));
 }
 
-fn check_scales<B: ReadCache>(backends: Vec<B>) {
+fn check_scales<B: ReadCache>(mut backends: Vec<B>) {
+    for dtype in [DType::I8, DType::F8E4M3] {
+        check_scales_of(dtype, &mut backends);
+    }
+}
+
+fn check_scales_of<B: ReadCache>(dtype: DType, backends: &mut [B]) {
     let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 8 };
-    let case = Case { shape, dtype: DType::I8, has_norm: false, num_tokens: 3 };
+    let case = Case { shape, dtype, has_norm: false, num_tokens: 3 };
     let mut inputs = case.inputs(&mut Rng::new(1));
     // A large token, a small one, one with an infinity among its values.
     for (token, factor) in [100.0, 0.01, 1.0].into_iter().enumerate() {
         inputs.qkv[token * 24..][..24].iter_mut().for_each(|x| *x *= factor);
     }
     inputs.qkv[2 * 24 + 20] = f32::INFINITY;
-    for mut backend in backends {
-        let (_, cache) = case.run(&mut backend, &inputs);
+    for backend in backends {
+        let (_, cache) = case.run(backend, &inputs);
         for (token, &slot) in inputs.slots.iter().enumerate() {
             let (block, offset) = (slot as usize / 16, slot as usize % 16);
             let at = cache_index(&inputs.layout, KvPlace { layer: LAYER, block, kv_head: 0, offset });
@@ -264,7 +274,9 @@ fn check_scales<B: ReadCache>(backends: Vec<B>) {
             for (dim, &v) in v.iter().enumerate() {
                 let [k, actual] = [cache[at + 2 * dim], cache[at + 2 * dim + 1]];
                 assert!(k.is_finite());
-                assert!(if token == 2 { actual.is_nan() } else { (actual - v).abs() <= 0.501 * largest / 127.0 });
+                let step =
+                    if dtype == DType::I8 { largest / 127.0 } else { (v.abs() / 8.0).max(largest / 448.0 / 512.0) };
+                assert!(if token == 2 { actual.is_nan() } else { (actual - v).abs() <= 0.501 * step });
             }
         }
     }

@@ -170,7 +170,7 @@ fn the_demo_model_has_figures_without_a_server() {
 fn operations_are_measured_at_any_shape() {
     let cpu = ["ops", "--device", "cpu", "--engine.num-threads", "1", "--data-mib", "1", "--milliseconds", "2"];
     let shapes = ["--linear", "64x32,96x32:gate-up", "--formats", "fp8,int8", "--rows", "1,5", "--heads", "4/2x16"];
-    let attention = ["--sequences", "2x30,1x5x20", "--blocks", "16", "--cache", "bf16,int8"];
+    let attention = ["--sequences", "2x30,1x5x20", "--blocks", "16", "--cache", "fp8,int8"];
     let (output, figures) = bench(&[&cpu[..], &shapes, &attention].concat());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let rows = figures["rows"].as_array().unwrap();
@@ -179,7 +179,7 @@ fn operations_are_measured_at_any_shape() {
         |row: &Value| format!("{} {} {} {} {}", row["op"], row["shape"], row["format"], row["batch"], row["context"]);
     assert_eq!(row(&rows[0]), r#""linear" "64x32" "fp8" 1 null"#);
     assert_eq!(row(&rows[7]), r#""linear" "96x32 gate-up" "int8" 5 null"#);
-    assert_eq!(row(&rows[8]), r#""attention" "4/2x16, block 16" "bf16" 2 30"#);
+    assert_eq!(row(&rows[8]), r#""attention" "4/2x16, block 16" "fp8" 2 30"#);
     assert!(rows.iter().all(|row| row["microseconds"].as_f64().is_some_and(|time| time > 0.0)));
     for (option, value) in
         [("--linear", "64"), ("--linear", "7x8:gate-up"), ("--heads", "4/3x16"), ("--sequences", "1x9x8")]

@@ -99,7 +99,7 @@ fn what_is_not_understood_stops_the_start() {
     refused(&["serve", "--scheduler.block-sise", "1"], &[], &["--scheduler.block-sise"]);
     refused(&["serve", "--max-num-seqs", "many"], &[], &["--max-num-seqs", "many"]);
     refused(&["serve", "--quantize", "int3"], &[], &["--quantize", "int4"]);
-    refused(&["serve", "--kv-dtype", "fp8"], &[], &["--kv-dtype", "int8"]);
+    refused(&["serve", "--kv-dtype", "fp4"], &[], &["--kv-dtype", "fp8"]);
     refused(&["serve", "--device", "tpu"], &[], &["--device", "cuda"]);
     refused(&["sevre"], &[], &["sevre"]);
 }

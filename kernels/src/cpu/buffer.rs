@@ -321,9 +321,9 @@ pub struct CpuKv {
 
 impl CpuKv {
     /// Zeros for all layers and blocks, made resident by all threads of `pool`. Fails with `KernelError::Type` unless the
-    /// layout holds `F32`, `Bf16` or `I8`.
+    /// layout holds what a cache may be stored as.
     pub fn zeroed(layout: &KvLayout, pool: &ThreadPool) -> Result<Self, KernelError> {
-        if !matches!(layout.dtype, DType::F32 | DType::Bf16 | DType::I8) {
+        if !matches!(layout.dtype, DType::F32 | DType::Bf16) && !layout.dtype.is_quantized() {
             return Err(KernelError::Type { op: "alloc_kv", argument: "dtype", found: layout.dtype.name() });
         }
         let num_bytes = [layout.num_layers, layout.num_blocks, layout.num_kv_heads]
@@ -346,6 +346,10 @@ impl CpuKv {
         } else {
             Err(KernelError::Type { op, argument: "kv", found: self.layout.dtype.name() })
         }
+    }
+
+    fn expect_quantized(&self, op: &'static str) -> Result<(), KernelError> {
+        self.expect(if self.layout.dtype.is_quantized() { self.layout.dtype } else { DType::I8 }, op)
     }
 
     /// The whole cache as it lies in memory.
@@ -377,27 +381,27 @@ impl CpuKv {
         Ok(self.bytes.view_mut())
     }
 
-    /// The whole cache of an `I8` layout, as bytes.
+    /// The whole cache of a quantized layout, as bytes.
     pub fn i8(&self, op: &'static str) -> Result<&[i8], KernelError> {
-        self.expect(DType::I8, op)?;
+        self.expect_quantized(op)?;
         Ok(self.bytes.view())
     }
 
-    /// The whole cache of an `I8` layout, as bytes, to be written.
+    /// The whole cache of a quantized layout, as bytes, to be written.
     pub fn i8_mut(&mut self, op: &'static str) -> Result<&mut [i8], KernelError> {
-        self.expect(DType::I8, op)?;
+        self.expect_quantized(op)?;
         Ok(self.bytes.view_mut())
     }
 
-    /// The whole cache of an `I8` layout in numbers of `F32`, of which [`KvLayout::scale_indices`] are scales.
+    /// The whole cache of a quantized layout in numbers of `F32`, of which [`KvLayout::scale_indices`] are scales.
     pub fn scales(&self, op: &'static str) -> Result<&[f32], KernelError> {
-        self.expect(DType::I8, op)?;
+        self.expect_quantized(op)?;
         Ok(self.bytes.view())
     }
 
     /// As [`Self::scales`], to be written.
     pub fn scales_mut(&mut self, op: &'static str) -> Result<&mut [f32], KernelError> {
-        self.expect(DType::I8, op)?;
+        self.expect_quantized(op)?;
         Ok(self.bytes.view_mut())
     }
 }

@@ -134,8 +134,24 @@ pub(crate) trait Lanes: Copy + Send + Sync {
             self.load_i8_pairs(pairs.as_ptr())
         }
     }
+    /// Pairs of [`crate::e4m3`] as pairs of bf16, exactly; codes that are no numbers become some.
+    /// # Safety
+    /// 16 pairs can be read at `x`.
+    unsafe fn load_e4m3_pairs(self, x: *const u16) -> Self::P;
+    /// The first `len` pairs of [`crate::e4m3`] as pairs of bf16, zero in the others.
+    /// # Safety
+    /// `len` pairs can be read at `x`; `len` is at most 16.
+    #[inline(always)]
+    unsafe fn load_e4m3_pairs_first(self, x: *const u16, len: usize) -> Self::P {
+        let mut pairs = [0; LANES];
+        // SAFETY: by contract; the array holds 16 pairs.
+        unsafe {
+            pairs[..len].copy_from_slice(std::slice::from_raw_parts(x, len));
+            self.load_e4m3_pairs(pairs.as_ptr())
+        }
+    }
     /// Four numbers of [`crate::e4m3`] in each word as two pairs of bf16, exactly: bytes 0 and 2, then 1 and 3. Codes that are
-    /// no numbers become anything.
+    /// no numbers become some.
     fn unpack_e4m3(self, words: Self::P) -> [Self::P; 2];
     /// `acc + a.low * b.low + a.high * b.high` per lane, on whole numbers: pairs of i16, sums of i32 that wrap.
     fn dot_i16(self, acc: Self::P, a: Self::P, b: Self::P) -> Self::P;
@@ -498,6 +514,12 @@ impl Lanes for Portable {
             let [low, high] = pair.to_le_bytes().map(|byte| byte as i8);
             u32::from(i16::from(low) as u16) | u32::from(i16::from(high) as u16) << 16
         })
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_pairs(self, x: *const u16) -> Self::P {
+        // SAFETY: by contract; an array of u16 has the alignment of u16.
+        let pairs = unsafe { *x.cast::<[u16; LANES]>() };
+        pairs.map(|pair| bf16_pair_of(pair.to_le_bytes()))
     }
     #[inline(always)]
     fn unpack_e4m3(self, words: Self::P) -> [Self::P; 2] {

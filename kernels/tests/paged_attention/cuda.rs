@@ -29,7 +29,7 @@ pub(crate) fn upload<D: Device>(cuda: &mut CudaBackend<D>, kv: &CpuKv) -> CudaKv
     let device_kv = cuda.alloc_kv(kv.layout()).expect("room");
     let bytes: Vec<u8> = match kv.layout().dtype {
         DType::F32 => kv.f32("upload").expect("f32").iter().flat_map(|x| x.to_ne_bytes()).collect(),
-        DType::I8 => kv.i8("upload").expect("int8").iter().flat_map(|x| x.to_ne_bytes()).collect(),
+        DType::I8 | DType::F8E4M3 => kv.i8("upload").expect("int8").iter().flat_map(|x| x.to_ne_bytes()).collect(),
         _ => kv.bf16("upload").expect("bf16").iter().flat_map(|x| x.to_ne_bytes()).collect(),
     };
     cuda.device().upload(device_kv.ptr(), &bytes).expect("it fits");
@@ -144,6 +144,7 @@ fn a_sequence_has_the_same_bits_in_every_batch_and_chunk<D: Device>(open: OpenDe
         (DType::Bf16, shape(4, 1, 24), None),
         (DType::Bf16, shape(7, 1, 16), Some(300)),
         (DType::I8, shape(2, 1, 16), Some(530)),
+        (DType::F8E4M3, shape(2, 1, 16), Some(530)),
         (DType::F32, shape(2, 1, 8), Some(65)),
     ] {
         let mut world = World::new(&mut rng, shape, 16, dtype, &lens);
@@ -182,6 +183,7 @@ fn a_token_that_is_no_number_spoils_only_those_that_see_it<D: Device>(open: Open
         (DType::Bf16, shape(4, 1, 24), Some(20)),
         (DType::Bf16, shape(2, 2, 8), None),
         (DType::I8, shape(3, 1, 16), Some(33)),
+        (DType::F8E4M3, shape(3, 1, 16), Some(33)),
         (DType::F32, shape(2, 1, 8), Some(33)),
     ] {
         let mut world = World::new(&mut rng, shape, 16, dtype, &[len]);
@@ -228,8 +230,12 @@ fn equal_values_give_that_value<D: Device>(open: OpenDevice<D>) {
         let steps = last(&[1200]);
         let kv = upload(&mut cuda, &world.cache(&mut cpu, &steps));
         let actual = world.attend(&mut cuda, &kv, &steps);
-        // Of int8, probabilities are rounded once with the scale of a token and once without.
-        let rel = if dtype == DType::I8 { 1e-5 } else { 2e-6 };
+        // Of codes, probabilities are rounded once with the scale of a token and once without: of int8 to 16 bits, of fp8 to 8.
+        let rel = match dtype {
+            DType::I8 => 1e-5,
+            DType::F8E4M3 => 1.0 / 256.0,
+            _ => 2e-6,
+        };
         assert_close(&actual, &vec![1.5; actual.len()], Tolerance { abs: 0.0, rel });
     }
 }

@@ -199,6 +199,7 @@ impl World {
         let relative = match self.layout.dtype {
             DType::F32 => 1e-5,
             DType::I8 => 1e-3,
+            // Weights are rounded behind their scales.
             _ => 1.0 / 256.0,
         };
         Tolerance { abs: relative * self.largest_value(), rel: 0.0 }
@@ -217,4 +218,4 @@ pub(crate) fn last(lens: &[usize]) -> Vec<Step> {
     lens.iter().enumerate().map(|(seq, &to)| Step { seq, from: to - 1, to }).collect()
 }
 
-pub(crate) const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::I8];
+pub(crate) const DTYPES: [DType; 4] = [DType::F32, DType::Bf16, DType::I8, DType::F8E4M3];

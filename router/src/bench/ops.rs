@@ -71,7 +71,10 @@ pub(super) fn command() -> clap::Command {
         )
         .arg(numbers("rows", "1,8,32,64", "Rows of products"))
         .arg(text("heads", "Q/KVxDIM", "32/8x128", "Heads of attention: queries, keys and values, dimensions"))
-        .arg(text("cache", "TYPE,...", "bf16", "What K and V are stored as").value_parser(["f32", "bf16", "int8"]))
+        .arg(
+            text("cache", "TYPE,...", "bf16", "What K and V are stored as")
+                .value_parser(["f32", "bf16", "int8", "fp8"]),
+        )
         .arg(text(
             "sequences",
             "SEQS[xNEW]xCONTEXT,...",
@@ -141,6 +144,7 @@ fn attention_cases(matches: &ArgMatches) -> Result<Vec<OpCase>, String> {
             let dtype = match cache {
                 "f32" => DType::F32,
                 "int8" => DType::I8,
+                "fp8" => DType::F8E4M3,
                 _ => DType::Bf16,
             };
             for text in texts(matches, "sequences") {

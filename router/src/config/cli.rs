@@ -23,7 +23,12 @@ const SHORTHANDS: &[(&str, &str, &str, &str)] = &[
     ("device", "engine.device", "DEVICE", "Where to compute: auto, cpu, cuda or cuda:N [default: auto]"),
     ("memory-share", "engine.memory_share", "SHARE", "Of a card: how much memory may be taken [default: 0.9]"),
     ("dtype", "engine.dtype", "TYPE", "What weights are stored as: auto, f32 or bf16 [default: auto]"),
-    ("kv-dtype", "engine.kv_dtype", "TYPE", "What the KV cache is stored as: auto, f32, bf16 or int8 [default: auto]"),
+    (
+        "kv-dtype",
+        "engine.kv_dtype",
+        "TYPE",
+        "What the KV cache is stored as: auto, f32, bf16, int8 or fp8 [default: auto]",
+    ),
     ("max-model-len", "scheduler.max_model_len", "TOKENS", "Most tokens of prompt and output [default: the model's]"),
     ("max-num-seqs", "scheduler.max_num_seqs", "N", "Most sequences that run at once [default: 64]"),
     ("max-num-batched-tokens", "scheduler.max_num_batched_tokens", "N", "Most tokens in a step [default: 512]"),

@@ -275,6 +275,14 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_e4m3_pairs(self, x: *const u16) -> Self::P {
+        // SAFETY: by contract; AVX2 is there.
+        let codes = unsafe {
+            (_mm256_cvtepu8_epi16(_mm_loadu_si128(x.cast())), _mm256_cvtepu8_epi16(_mm_loadu_si128(x.add(8).cast())))
+        };
+        (e4m3_half(codes.0), e4m3_half(codes.1))
+    }
+    #[inline(always)]
     fn unpack_e4m3(self, words: Self::P) -> [Self::P; 2] {
         // SAFETY: `Avx2` exists, so AVX2 is there.
         let odd = unsafe { (_mm256_srli_epi16::<8>(words.0), _mm256_srli_epi16::<8>(words.1)) };
@@ -540,6 +548,11 @@ impl Lanes for Avx512 {
     unsafe fn load_i8_pairs(self, x: *const u16) -> __m512i {
         // SAFETY: by contract.
         unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(x.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_pairs(self, x: *const u16) -> __m512i {
+        // SAFETY: by contract.
+        e4m3_of(unsafe { _mm512_cvtepu8_epi16(_mm256_loadu_si256(x.cast())) })
     }
     #[inline(always)]
     fn unpack_e4m3(self, words: __m512i) -> [__m512i; 2] {

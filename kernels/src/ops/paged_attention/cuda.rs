@@ -39,10 +39,14 @@ struct Kernel {
 impl Kernel {
     /// As in `paged_attention.cu`: K, V and scales of the tiles of the ring, then fragments of the queries.
     const fn new(function: &'static str, dtype: DType, head_dim: usize) -> Self {
-        let is_quantized = matches!(dtype, DType::I8);
-        let (pair_bytes, scale_bytes, parts) = if is_quantized { (2, 2 * TILE_LEN * 4, 2) } else { (4, 0, 1) };
+        let (pair_bytes, scale_bytes) = if dtype.is_quantized() { (2, 2 * TILE_LEN * 4) } else { (4, 0) };
+        let parts = if matches!(dtype, DType::I8) { 2 } else { 1 };
         let num_stages = if head_dim > 128 { 2 } else { 4 };
-        let sharers = if head_dim * parts >= 256 { head_dim * parts / 128 } else { 1 };
+        let sharers = match head_dim * parts / 128 {
+            _ if dtype.is_quantized() && head_dim > 128 => 4,
+            0 => 1,
+            sharers => sharers,
+        };
         let slot_bytes = head_dim * TILE_LEN * pair_bytes + scale_bytes;
         let query_bytes = 64 / sharers * head_dim * 2 * parts;
         Self { function, head_dim, shared_bytes: num_stages * slot_bytes + query_bytes }
@@ -61,9 +65,15 @@ impl Kernel {
             Kernel::new("paged_attention_int8_128", DType::I8, 128),
             Kernel::new("paged_attention_int8_256", DType::I8, 256),
         ];
+        const FP8: [Kernel; 3] = [
+            Kernel::new("paged_attention_fp8_64", DType::F8E4M3, 64),
+            Kernel::new("paged_attention_fp8_128", DType::F8E4M3, 128),
+            Kernel::new("paged_attention_fp8_256", DType::F8E4M3, 256),
+        ];
         const F32: [Kernel; 1] = [Kernel { function: "paged_attention_f32", head_dim: MAX_HEAD_DIM, shared_bytes: 0 }];
         let kernels: &[Self] = match dtype {
             DType::I8 => &INT8,
+            DType::F8E4M3 => &FP8,
             DType::Bf16 => &BF16,
             _ => &F32,
         };
@@ -107,7 +117,7 @@ impl Workspace {
     /// Takes what steps of at most this size need.
     pub(crate) fn reserve<D: Device>(&mut self, device: &mut D, limits: &StepLimits) -> Result<(), KernelError> {
         let shape = limits.shape;
-        // Whatever the cache's type: kernels for int8 are the widest that have partial results.
+        // Whatever the cache's type: kernels for codes are the widest that have partial results.
         let head_dim = Kernel::of(DType::I8, shape.head_dim).head_dim;
         self.grow(device, partial_bytes(limits.num_seqs, shape.num_heads, limits.context_len, head_dim))?;
         self.counters.at_least(device, counter_bytes(limits.num_seqs, shape.num_kv_heads))?;
@@ -215,7 +225,7 @@ mod tests {
 
     #[test]
     fn every_head_has_a_kernel_and_its_tiles_fit_every_card() {
-        for dtype in [DType::Bf16, DType::I8, DType::F32] {
+        for dtype in [DType::Bf16, DType::I8, DType::F8E4M3, DType::F32] {
             for head_dim in (2..=crate::kv_layout::MAX_HEAD_DIM).step_by(2) {
                 let kernel = Kernel::of(dtype, head_dim);
                 assert!(kernel.head_dim >= head_dim);

@@ -27,7 +27,7 @@ use crate::{Backend, KernelError};
 /// fixed positions; the partial results are merged in ascending order, whoever computed them.
 /// Queries and probabilities are rounded before they are multiplied with K and V: to the cache's type, or, where that is
 /// `I8`, to 16 bits: whole numbers with a scale per query, and per token and tile of tokens, or, on CUDA devices, sums of two
-/// numbers of bf16. Sums are f32; those of whole numbers are exact within a tile.
+/// numbers of bf16; where it is `F8E4M3`, to bf16, probabilities behind the scale of their token. Sums are f32; those of whole numbers are exact within a tile.
 /// Fails with `KernelError::Shape` or `KernelError::Range` naming the argument, before anything is written.
 /// Blocks: PagedAttention (Kwon et al. 2023, sec. 4.1). Online softmax: Milakov and Gimelshein 2018.
 pub struct PagedAttention<'a, B: Backend> {

@@ -23,7 +23,7 @@
 // multiplied, rounded to bf16, by a product with ones.
 //
 // bf16: queries and probabilities are rounded to bf16. int8: both are kept as the sum of two bf16 numbers; codes are exact
-// in bf16; the scale of a token multiplies its score, and its probability before V. f32: plain multiplications, a warp a
+// in bf16; the scale of a token multiplies its score, and its probability before V. fp8: as bf16, with such scales. f32: plain multiplications, a warp a
 // row.
 //
 // What may not be looked at does no harm: scores past a row's context are replaced, whatever they are. Where not every row
@@ -90,7 +90,7 @@ DEVICE void work_on(const Batch& batch, const Shared& shared, const Unit& unit, 
 template <class Kv, int HEAD_DIM>
 DEVICE void attention(const Batch& batch) {
     // Many rows, as far as registers go, and so few that all warps share them. Both have the same order of operations.
-    constexpr int MANY_SHARERS = HEAD_DIM * Kv::PARTS / 128;
+    constexpr int MANY_SHARERS = Kv::IS_QUANTIZED && HEAD_DIM > 128 ? WARPS : HEAD_DIM * Kv::PARTS / 128;
     using Many = Rows<Kv, HEAD_DIM, (MANY_SHARERS > 1 ? MANY_SHARERS : 1)>;
     using Few = Rows<Kv, HEAD_DIM, WARPS>;
     DYNAMIC_SHARED(ring);
@@ -193,6 +193,12 @@ KERNEL(paged_attention_int8_64, (128, 2), PARAMETERS) { attention<Int8, 64>(BATC
 KERNEL(paged_attention_int8_128, (128, 2), PARAMETERS) { attention<Int8, 128>(BATCH); }
 
 KERNEL(paged_attention_int8_256, (128, 2), PARAMETERS) { attention<Int8, 256>(BATCH); }
+
+KERNEL(paged_attention_fp8_64, (128, 2), PARAMETERS) { attention<Fp8, 64>(BATCH); }
+
+KERNEL(paged_attention_fp8_128, (128, 2), PARAMETERS) { attention<Fp8, 128>(BATCH); }
+
+KERNEL(paged_attention_fp8_256, (128, 2), PARAMETERS) { attention<Fp8, 256>(BATCH); }
 
 // A cache of f32: a warp has a row, and each lane a token of a tile for its score, then every 32nd dimension for the sum.
 KERNEL(paged_attention_f32, (128), PARAMETERS) {

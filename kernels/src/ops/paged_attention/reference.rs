@@ -26,7 +26,7 @@ pub fn paged_attention(case: &Case<'_>, layout: &KvLayout, k: Number<'_>, v: Num
     let AttentionShape { num_heads, head_dim, .. } = case.shape;
     let q_len = case.q.len() / (num_heads * head_dim);
     let round = |x: f32| match layout.dtype {
-        DType::Bf16 => f64::from(bf16::from_f32(x)),
+        DType::Bf16 | DType::F8E4M3 => f64::from(bf16::from_f32(x)),
         _ => f64::from(x),
     };
     let mut out = Vec::with_capacity(case.q.len());

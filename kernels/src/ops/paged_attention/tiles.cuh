@@ -39,6 +39,18 @@ struct Int8 {
     }
 };
 
+// Queries and probabilities are one number of bf16: what rounding them costs is little beside what the codes lost.
+struct Fp8 {
+    static constexpr int UNIT_BYTES = 2;
+    static constexpr bool IS_QUANTIZED = true;
+    static constexpr int PARTS = 1;
+
+    DEVICE static uint32_t pair(const uint8_t* from) {
+        const uint32_t codes = *reinterpret_cast<const uint16_t*>(from);
+        return e4m3_to_bf16_pair(codes << 8 | codes << 16);
+    }
+};
+
 // Tiles of K and V of one KV head, on their way through a ring in shared memory.
 template <class Kv, int HEAD_DIM>
 struct Tiles {

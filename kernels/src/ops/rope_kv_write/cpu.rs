@@ -86,8 +86,8 @@ struct Norm<'a> {
 enum Cache<'a> {
     F32(&'a [AtomicU32]),
     Bf16(&'a [AtomicU16]),
-    /// All of the cache as whole numbers, and all of it as scales; each token has its own of both.
-    I8(&'a [AtomicI8], &'a [AtomicU32]),
+    /// All of the cache as codes of a type, and all of it as scales; each token has its own of both.
+    Quantized(DType, &'a [AtomicI8], &'a [AtomicU32]),
 }
 
 impl<'a> Cache<'a> {
@@ -98,12 +98,12 @@ impl<'a> Cache<'a> {
                 // SAFETY: an atomic has the size, alignment and bits of its number, and the borrow is exclusive.
                 Ok(Self::F32(unsafe { &*(numbers as *const [AtomicU32]) }))
             }
-            DType::I8 => {
+            dtype if dtype.is_quantized() => {
                 let codes = std::ptr::from_mut(kv.i8_mut(op)?);
                 let scales = std::ptr::slice_from_raw_parts(codes.cast::<AtomicU32>(), codes.len() / size_of::<f32>());
-                // SAFETY: as above, and the cache is aligned to 64 bytes; the layout gives no byte to both a whole number
+                // SAFETY: as above, and the cache is aligned to 64 bytes; the layout gives no byte to both a code
                 // and a scale, so none is accessed as both.
-                Ok(Self::I8(unsafe { &*(codes as *const [AtomicI8]) }, unsafe { &*scales }))
+                Ok(Self::Quantized(dtype, unsafe { &*(codes as *const [AtomicI8]) }, unsafe { &*scales }))
             }
             _ => {
                 let numbers = std::ptr::from_mut(kv.bf16_mut(op)?);
@@ -119,11 +119,11 @@ impl<'a> Cache<'a> {
         match self {
             Self::F32(numbers) => write(numbers, at, k, v, |number, x| number.store(x.to_bits(), Ordering::Relaxed)),
             Self::Bf16(numbers) => write(numbers, at, k, v, |number, x| number.store(bf16_bits(x), Ordering::Relaxed)),
-            Self::I8(codes, scales) => {
+            Self::Quantized(dtype, codes, scales) => {
                 let mut quantized = [[0; MAX_HEAD_DIM]; 2];
                 let at_scales = at.scales.expect("quantized numbers have scales");
                 for ((x, quantized), at) in [k, v].into_iter().zip(&mut quantized).zip(at_scales) {
-                    let scale = quantize(x, &mut quantized[..x.len()]);
+                    let scale = quantize(*dtype, x, &mut quantized[..x.len()]);
                     scales[at].store(scale.to_bits(), Ordering::Relaxed);
                 }
                 let [k, v] = [&quantized[0][..k.len()], &quantized[1][..v.len()]];

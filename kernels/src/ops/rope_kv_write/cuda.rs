@@ -9,8 +9,8 @@ const THREADS: u32 = 128;
 /// ```c
 /// // Token blockIdx.x, KV head blockIdx.y. kv_layer is one layer of the cache: [num_blocks][num_kv_heads] of what KvLayout
 /// // says of one head of a block. Weights are null where there is no norm. A slot of UINT32_MAX is none; any other that
-/// // is not below num_slots is a fault. f32, bf16, i8 is the cache's type.
-/// rope_kv_write_{f32,bf16,i8}(float* qkv, const float* cos_sin, const float* q_weight, const float* k_weight, float eps,
+/// // is not below num_slots is a fault. f32, bf16, i8, fp8 is the cache's type.
+/// rope_kv_write_{f32,bf16,i8,fp8}(float* qkv, const float* cos_sin, const float* q_weight, const float* k_weight, float eps,
 ///                             const uint32_t* slot_mapping, uint32_t num_slots, void* kv_layer, uint32_t num_heads,
 ///                             uint32_t num_kv_heads, uint32_t head_dim, uint32_t block_size, uint32_t* fault_slot_mapping)
 /// ```
@@ -51,6 +51,7 @@ pub(crate) fn rope_kv_write<D: Device>(
     let function = match layout.dtype {
         DType::F32 => "rope_kv_write_f32",
         DType::I8 => "rope_kv_write_i8",
+        DType::F8E4M3 => "rope_kv_write_fp8",
         _ => "rope_kv_write_bf16",
     };
     let kernel = KernelId { module: "rope_kv_write", function };

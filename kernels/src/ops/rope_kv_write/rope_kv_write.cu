@@ -76,9 +76,10 @@ struct AsBf16 {
     DEVICE static uint16_t convert(float x, float) { return float_to_bf16(x); }
 };
 
-// Whole numbers of -127 to 127 times a scale, see kv_layout.rs.
-struct AsInt8 {
-    using Number = int8_t;
+// Codes times a scale, see kv_layout.rs.
+template <class Code>
+struct AsCodes {
+    using Number = typename Code::Number;
     static constexpr uint32_t INTERLEAVED = 2;
     static constexpr bool HAS_SCALES = true;
 
@@ -96,15 +97,27 @@ struct AsInt8 {
     }
 
     // Of numbers so small that the quotient overflows, and of what is no number, the codes are zeros.
-    DEVICE static int8_t convert(float x, float largest) {
-        const float inverse = 127.0f / largest;
-        return isfinite(inverse) ? float_to_int8(x * inverse) : int8_t(0);
+    DEVICE static Number convert(float x, float largest) {
+        const float inverse = Code::MOST / largest;
+        return isfinite(inverse) ? Code::of(x * inverse) : Number(0);
     }
 
     DEVICE static float scale(float largest) {
-        const bool is_small = largest == largest && !isfinite(127.0f / largest);
-        return is_small ? 0.0f : largest / 127.0f;
+        const bool is_small = largest == largest && !isfinite(Code::MOST / largest);
+        return is_small ? 0.0f : largest / Code::MOST;
     }
+};
+
+struct Int8Code {
+    using Number = int8_t;
+    static constexpr float MOST = 127.0f;
+    DEVICE static int8_t of(float x) { return float_to_int8(x); }
+};
+
+struct E4m3Code {
+    using Number = uint8_t;
+    static constexpr float MOST = 448.0f;
+    DEVICE static uint8_t of(float x) { return float_to_e4m3(x); }
 };
 
 // Token blockIdx.x, KV head blockIdx.y. kv_layer is one layer of the cache: [num_blocks][num_kv_heads] of what KvLayout
@@ -185,4 +198,5 @@ DEVICE void rope_kv_write(float* qkv, const float* cos_sin, const float* q_weigh
 
 ROPE_KV_WRITE(rope_kv_write_f32, AsF32)
 ROPE_KV_WRITE(rope_kv_write_bf16, AsBf16)
-ROPE_KV_WRITE(rope_kv_write_i8, AsInt8)
+ROPE_KV_WRITE(rope_kv_write_i8, AsCodes<Int8Code>)
+ROPE_KV_WRITE(rope_kv_write_fp8, AsCodes<E4m3Code>)

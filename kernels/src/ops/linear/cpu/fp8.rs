@@ -189,14 +189,27 @@ mod tests {
                     std::array::from_fn(|place| self.0.wrapping_add(lane as u8).wrapping_add((97 * place) as u8))
                 });
                 let words = codes.map(word);
-                // SAFETY: the array has 16 words.
-                let words = unsafe { simd.load_pairs(words.as_ptr()) };
+                let pairs = codes.map(|[low, high, ..]| u16::from_le_bytes([low, high]));
+                // SAFETY: the arrays have 16 elements.
+                let (words, pairs, first) = unsafe {
+                    (
+                        simd.load_pairs(words.as_ptr()),
+                        simd.load_e4m3_pairs(pairs.as_ptr()),
+                        simd.load_e4m3_pairs_first(pairs.as_ptr(), 3),
+                    )
+                };
                 let halves = |pair: S::P| [simd.low_pairs(pair), simd.high_pairs(pair)].map(|half| simd.to_array(half));
                 let [a, b] = simd.unpack_e4m3(words).map(halves);
+                let (pairs, first) = (halves(pairs), halves(first));
                 for (lane, codes) in codes.into_iter().enumerate() {
                     let found = [a[0][lane], a[1][lane], b[0][lane], b[1][lane]];
-                    for (found, code) in found.into_iter().zip(codes).filter(|(_, code)| !e4m3::is_nan(*code)) {
-                        assert_eq!(found.to_bits(), e4m3::to_f32(code).to_bits(), "{code:#x}");
+                    for (place, code) in codes.into_iter().enumerate() {
+                        let wanted = u32::from(e4m3::BF16[usize::from(code)]) << 16;
+                        assert_eq!(found[place].to_bits(), wanted, "{code:#x}");
+                        if let Some(half) = pairs.get(place) {
+                            assert_eq!(half[lane].to_bits(), wanted, "{code:#x}");
+                            assert_eq!(first[place][lane].to_bits(), if lane < 3 { wanted } else { 0 }, "{code:#x}");
+                        }
                     }
                 }
             }

@@ -1,5 +1,7 @@
 //! The types that K and V may have, and how each is multiplied with queries and weights.
 
+use std::marker::PhantomData;
+
 use crate::cpu::lanes::{LANES, Lanes};
 
 /// One step of a product: for sixteen tokens of K (or dimensions of V) one dimension (or token), or a pair of them,
@@ -11,7 +13,8 @@ pub(super) trait Element {
     const LEFT_WORDS: usize;
     /// Bytes of one lane of a step in the cache.
     const LANE_BYTES: usize;
-    /// Whether numbers are whole numbers times a scale: that of their token in the cache, that of their row on the left.
+    /// Whether numbers are codes times a scale: that of their token in the cache, that of their row on the left. A code is a
+    /// finite number, whatever lies in the cache.
     const IS_SCALED: bool;
     /// Sixteen lanes of a step of the cache.
     type Column<S: Lanes>: Copy;
@@ -35,6 +38,12 @@ pub(super) trait Element {
     unsafe fn left<S: Lanes>(simd: S, words: *const u32) -> Self::Left<S>;
     fn mul_add<S: Lanes>(simd: S, sums: Self::Sums<S>, column: Self::Column<S>, left: Self::Left<S>) -> Self::Sums<S>;
     fn floats<S: Lanes>(simd: S, sums: Self::Sums<S>) -> S::F;
+    /// Of scaled numbers: what left factors of up to `largest` are multiplied by before they are rounded, and the scale of the
+    /// result. A scale of NaN where one of them is no finite number.
+    #[inline(always)]
+    fn left_scale(_largest: f32, is_finite: bool) -> (f32, f32) {
+        (1.0, if is_finite { 1.0 } else { f32::NAN })
+    }
     /// What left factors are rounded to.
     fn round<S: Lanes>(simd: S, x: S::F) -> S::F;
     /// Writes sixteen left factors.
@@ -271,6 +280,16 @@ impl Element for Quantized {
         simd.floats(sums)
     }
     #[inline(always)]
+    fn left_scale(largest: f32, is_finite: bool) -> (f32, f32) {
+        let inverse = MAX_LEFT / largest;
+        if is_finite && inverse.is_finite() {
+            (inverse, largest / MAX_LEFT)
+        } else {
+            // Numbers so small that the quotient overflows are zeros.
+            (0.0, if is_finite { 0.0 } else { f32::NAN })
+        }
+    }
+    #[inline(always)]
     fn round<S: Lanes>(_: S, x: S::F) -> S::F {
         x
     }
@@ -284,16 +303,79 @@ impl Element for Quantized {
 /// Largest left factor of [`Quantized`].
 const MAX_LEFT: f32 = 32767.0;
 
-/// What left factors of up to `largest` are multiplied by before they are rounded, and the scale of the result. A scale of
-/// NaN where one of them is no finite number.
-#[inline(always)]
-pub(super) fn left_scale(largest: f32, is_finite: bool) -> (f32, f32) {
-    let inverse = MAX_LEFT / largest;
-    if is_finite && inverse.is_finite() {
-        (inverse, largest / MAX_LEFT)
-    } else {
-        // Numbers so small that the quotient overflows are zeros.
-        (0.0, if is_finite { 0.0 } else { f32::NAN })
+/// An element of pairs of bf16.
+pub(super) trait OfPairs: Element {
+    fn of_pairs<S: Lanes>(simd: S, pairs: S::P) -> Self::Column<S>;
+}
+
+impl OfPairs for Pairs {
+    #[inline(always)]
+    fn of_pairs<S: Lanes>(_: S, pairs: S::P) -> S::P {
+        pairs
+    }
+}
+
+impl OfPairs for Widened {
+    #[inline(always)]
+    fn of_pairs<S: Lanes>(simd: S, pairs: S::P) -> (S::F, S::F) {
+        (simd.low_pairs(pairs), simd.high_pairs(pairs))
+    }
+}
+
+/// Floats of 8 bits in the cache, which become pairs of bf16 and are multiplied as `E` does it.
+pub(super) struct Floats8<E>(PhantomData<E>);
+
+impl<E: OfPairs> Element for Floats8<E> {
+    const PACK: usize = 2;
+    const LEFT_WORDS: usize = E::LEFT_WORDS;
+    const LANE_BYTES: usize = 2;
+    const IS_SCALED: bool = true;
+    type Column<S: Lanes> = E::Column<S>;
+    type Left<S: Lanes> = E::Left<S>;
+    type Sums<S: Lanes> = E::Sums<S>;
+    #[inline(always)]
+    fn zero<S: Lanes>(simd: S) -> E::Sums<S> {
+        E::zero(simd)
+    }
+    #[inline(always)]
+    fn zero_column<S: Lanes>(simd: S) -> E::Column<S> {
+        E::zero_column(simd)
+    }
+    #[inline(always)]
+    unsafe fn column<S: Lanes>(simd: S, lanes: *const u8) -> E::Column<S> {
+        // SAFETY: by contract.
+        E::of_pairs(simd, unsafe { simd.load_e4m3_pairs(lanes.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn column_first<S: Lanes>(simd: S, lanes: *const u8, len: usize) -> E::Column<S> {
+        // SAFETY: by contract.
+        E::of_pairs(simd, unsafe { simd.load_e4m3_pairs_first(lanes.cast(), len) })
+    }
+    #[inline(always)]
+    fn keep_one<S: Lanes>(simd: S, column: E::Column<S>, is_first: bool) -> E::Column<S> {
+        E::keep_one(simd, column, is_first)
+    }
+    #[inline(always)]
+    unsafe fn left<S: Lanes>(simd: S, words: *const u32) -> E::Left<S> {
+        // SAFETY: by contract.
+        unsafe { E::left(simd, words) }
+    }
+    #[inline(always)]
+    fn mul_add<S: Lanes>(simd: S, sums: E::Sums<S>, column: E::Column<S>, left: E::Left<S>) -> E::Sums<S> {
+        E::mul_add(simd, sums, column, left)
+    }
+    #[inline(always)]
+    fn floats<S: Lanes>(simd: S, sums: E::Sums<S>) -> S::F {
+        E::floats(simd, sums)
+    }
+    #[inline(always)]
+    fn round<S: Lanes>(_: S, x: S::F) -> S::F {
+        x
+    }
+    #[inline(always)]
+    unsafe fn store_left<S: Lanes>(simd: S, words: *mut u32, x: S::F) {
+        // SAFETY: by contract.
+        unsafe { E::store_left(simd, words, x) }
     }
 }
 

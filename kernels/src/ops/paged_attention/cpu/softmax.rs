@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::element::{Element, left_scale, left_words};
+use super::element::{Element, left_words};
 use super::{MAX_ROWS, Scratch, TILE_LEN, TILE_VECTORS};
 use crate::cpu::lanes::{LANES, Lanes};
 use crate::cpu::math::exp2;
@@ -175,7 +175,7 @@ fn weights<S: Lanes, E: Element>(simd: S, scratch: &mut Scratch, row: usize, vis
         let largest = simd.max_lane(simd.max(simd.max(x[0], x[1]), simd.max(x[2], x[3])));
         let sum = simd.add(simd.add(x[0], x[1]), simd.add(x[2], x[3]));
         let is_finite = simd.mask_bits(simd.is_nan(sum)) == 0;
-        let (inverse, scale) = left_scale(largest, is_finite);
+        let (inverse, scale) = E::left_scale(largest, is_finite);
         scratch.weight_scales[row] = scale;
         for x in &mut x {
             *x = simd.mul(*x, simd.splat(inverse));

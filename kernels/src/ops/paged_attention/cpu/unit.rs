@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::element::{Element, Pairs, Quantized, Single, Widened, left_scale, left_words};
+use super::element::{Element, Floats8, Pairs, Quantized, Single, Widened, left_words};
 use super::products::{Ahead, RowBlocks, Scores, Sums, max_rows};
 use super::softmax::{by_vector, merge, softmax};
 use super::work::Task;
@@ -36,6 +36,12 @@ impl Vectorized for Unit<'_> {
                 }
             }
             DType::Bf16 => self.run_with::<S, Widened>(simd),
+            DType::F8E4M3 if S::HAS_DOT_PAIRS && self.batch.has_fast_pairs => {
+                if const { S::HAS_DOT_PAIRS } {
+                    self.run_with::<S, Floats8<Pairs>>(simd);
+                }
+            }
+            DType::F8E4M3 => self.run_with::<S, Floats8<Widened>>(simd),
             _ => self.run_with::<S, Single>(simd),
         }
     }
@@ -118,7 +124,7 @@ impl Unit<'_> {
             if E::IS_SCALED {
                 let (largest, is_finite) =
                     q.iter().fold((0.0_f32, true), |(max, ok), x| (max.max(x.abs()), ok && x.is_finite()));
-                (inverse, self.scratch.q_scales[row]) = left_scale(largest, is_finite);
+                (inverse, self.scratch.q_scales[row]) = E::left_scale(largest, is_finite);
             }
             for (index, q) in q.chunks(LANES).enumerate() {
                 let mut words = [0_u32; LANES];
@@ -210,7 +216,7 @@ impl Unit<'_> {
         };
         softmax::<S, E>(simd, scratch, rows.clone(), batch.scale, visible_to);
 
-        // Where all rows see the whole tile they are taken together, otherwise by token. Whole numbers that are not seen
+        // Where all rows see the whole tile they are taken together, otherwise by token. Codes that are not seen
         // are multiplied with zero, which makes zero whatever they are.
         let all_see_all = visible_to(rows.start).end == TILE_LEN && visible_to(rows.end - 1).start == 0;
         let mut start = rows.start;
