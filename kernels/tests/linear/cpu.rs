@@ -350,6 +350,11 @@ fn blocks_of_fp8_are_multiplied_as_they_are() {
     cpu_backends(&[2]).iter_mut().for_each(support::blocks_of_fp8_are_multiplied_as_they_are);
 }
 
+#[test]
+fn every_code_of_fp8_is_what_it_stands_for() {
+    cpu_backends(&[2]).iter_mut().for_each(support::every_code_of_fp8_is_what_it_stands_for);
+}
+
 /// But for scales rounded to f16, and `Q6_K`, whose 16 weights of a scale are rounded once more.
 #[test]
 fn blocks_of_files_keep_their_values() {

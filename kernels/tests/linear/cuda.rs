@@ -13,6 +13,9 @@ device_tests! {
     gate_and_up_meet: |open| gate_and_up_meet(open);
     blocks_of_files_are_multiplied_as_they_are: |open| blocks_of_files_are_multiplied_as_they_are(open);
     blocks_of_fp8_are_multiplied_as_they_are: |open| open(None).iter_mut().for_each(support::blocks_of_fp8_are_multiplied_as_they_are);
+    every_code_of_fp8_is_what_it_stands_for: |open| {
+        open(None).iter_mut().for_each(support::every_code_of_fp8_is_what_it_stands_for);
+    };
     swiglu_of_large_gates_has_no_overflow: |open| swiglu_of_large_gates_has_no_overflow(open);
     special_numbers_stay_in_their_row: |open| special_numbers_stay_in_their_row(open);
     a_row_has_the_same_bits_in_every_batch: |open| a_row_has_the_same_bits_in_every_batch(open);

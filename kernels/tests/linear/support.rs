@@ -3,7 +3,7 @@
 use quire_kernels::ops::linear::{Epilogue, Linear, reference};
 use quire_kernels::testing::{POISON, Rng, encode};
 use quire_kernels::weight_format::{Codes, Grouping};
-use quire_kernels::{Backend, DType, HostTensor, TensorFormat, WeightFormat, WeightLayout, WeightSource};
+use quire_kernels::{Backend, DType, HostTensor, TensorFormat, WeightFormat, WeightLayout, WeightSource, e4m3};
 
 /// A matrix in a file's bytes, at an odd address.
 pub(crate) struct Matrix {
@@ -183,6 +183,33 @@ pub(crate) fn blocks_of_fp8_are_multiplied_as_they_are<B: Backend>(backend: &mut
         let out = run(backend, &weight, &x, num_rows, None, Epilogue::Store, &before);
         for (index, y) in out.iter().enumerate() {
             assert_eq!(y.is_nan(), index % out_features == 5, "{index}");
+        }
+    }
+}
+
+/// Every code of 8-bit floats in every place of a step, alone: rows of x are one at one place, and zeros. Those that are no
+/// number are left out.
+pub(crate) fn every_code_of_fp8_is_what_it_stands_for<B: Backend>(backend: &mut B) {
+    let (out_features, in_features) = (256, 128);
+    let code_at = |feature: usize, input: usize| {
+        let code = (feature + input) as u8;
+        if e4m3::is_nan(code) { 0 } else { code }
+    };
+    let mut bytes = vec![0];
+    for feature in 0..out_features {
+        bytes.extend(1.0_f32.to_le_bytes());
+        bytes.extend((0..in_features).map(|input| code_at(feature, input)));
+    }
+    let matrix = [Matrix { format: TensorFormat::F8E4M3, rows: out_features, cols: in_features, bytes }];
+    let weight = backend.pack_weight(&stacked(&matrix, WeightFormat::Fp8)).expect("a good source");
+    for num_rows in [8, 32, 64] {
+        let mut x = vec![0.0; num_rows * in_features];
+        (0..num_rows).for_each(|row| x[row * in_features + row] = 1.0);
+        let before = vec![0.0; num_rows * out_features];
+        let out = run(backend, &weight, &x, num_rows, None, Epilogue::Store, &before);
+        for (index, &y) in out.iter().enumerate() {
+            let (row, feature) = (index / out_features, index % out_features);
+            assert_eq!(y, e4m3::to_f32(code_at(feature, row)), "{num_rows} rows, feature {feature}, input {row}");
         }
     }
 }
