@@ -26,7 +26,7 @@ use crate::fim::FimInput;
 use crate::grammar::OutputFormat;
 use crate::metrics::Endpoint;
 
-pub use chat::{ChatInput, ChatMessage, Tool, ToolCall, ToolChoice};
+pub use chat::{CallHead, ChatInput, ChatMessage, Tool, ToolCall, ToolChoice};
 pub use limits::Limits;
 pub use pooling::{
     EmbedRequest, Embedded, PoolingRequest, PoolingText, PoolingTruncation, ScoreRequest, Scored, TextPair,
@@ -204,8 +204,11 @@ pub enum GenerationEvent {
     Delta { choice_index: u32, text: String, tokens: Vec<TokenInfo> },
     /// New reasoning of a choice; what is reasoning is not in the text of a delta.
     Reasoning { choice_index: u32, text: String },
-    /// A call that a choice makes, whole. `call_index` counts the choice's calls from 0.
-    ToolCall { choice_index: u32, call_index: u32, call: ToolCall },
+    /// A part of a call as it comes: first its id and name (`head`), then pieces of its arguments. [`Self::ToolCall`] follows.
+    ToolCallPiece { choice_index: u32, call_index: u32, head: Option<CallHead>, arguments: String },
+    /// A call that a choice makes, whole; `in_pieces` where all of it was said already. `call_index` counts the choice's calls
+    /// from 0.
+    ToolCall { choice_index: u32, call_index: u32, call: ToolCall, in_pieces: bool },
     /// The choice's last event.
     ChoiceFinished { choice_index: u32, cause: StopCause },
     /// The last event of a request that ended well.

@@ -1,8 +1,9 @@
 //! DeepSeek V3 and R1: calls between marks of their own; a call is `function<sep>NAME` and fenced JSON, or since V3.1
 //! `NAME<sep>` and JSON.
 
-use super::blocks::Blocks;
-use super::{ParsedCall, TextParser};
+use super::json_stream::{ObjectEnd, opens_object};
+use super::scan::{Content, Scanner};
+use super::{Parts, TextParser};
 
 pub(super) const CALLS_BEGIN: &str = "<｜tool▁calls▁begin｜>";
 pub(super) const CALLS_END: &str = "<｜tool▁calls▁end｜>";
@@ -10,21 +11,143 @@ pub(super) const CALL_BEGIN: &str = "<｜tool▁call▁begin｜>";
 pub(super) const CALL_END: &str = "<｜tool▁call▁end｜>";
 pub(super) const SEP: &str = "<｜tool▁sep｜>";
 pub(super) const MARKS: [&str; 5] = [CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEP];
+const FENCE: &str = "```json";
 
-pub(super) fn parser() -> impl TextParser {
-    Blocks::new(CALLS_BEGIN, CALLS_END, |block: &str| -> Option<Vec<ParsedCall>> {
-        block.split(CALL_BEGIN).skip(1).map(call).collect()
-    })
+/// See the module's text.
+#[derive(Default)]
+pub(super) struct Parser {
+    scanner: Scanner,
+    content: Content,
+    block: Option<Block>,
 }
 
-fn call(text: &str) -> Option<ParsedCall> {
-    let text = text.split(CALL_END).next()?;
-    let (kind, rest) = text.split_once(SEP)?;
-    let (name, arguments) = match rest.split_once("```json") {
-        Some((name, fenced)) => (name, fenced.trim().strip_suffix("```")?),
-        None => (kind, rest),
+/// What is between the outer marks.
+struct Block {
+    /// What it began with, until a call was found in it.
+    begin: &'static str,
+    state: State,
+}
+
+enum State {
+    /// Up to the arguments of a call; how much of it was looked at for where they may begin.
+    Header {
+        text: String,
+        looked_at: usize,
+    },
+    Arguments(ObjectEnd),
+    /// Something could not be read: the rest is content.
+    Content,
+}
+
+impl State {
+    fn header(text: &str) -> Self {
+        Self::Header { text: text.to_owned(), looked_at: 0 }
+    }
+}
+
+/// The name in what comes before a call's arguments.
+fn name(header: &str) -> Option<&str> {
+    let (_, call) = header.rsplit_once(CALL_BEGIN)?;
+    let (kind, rest) = call.split_once(SEP)?;
+    let name = match rest.split_once(FENCE) {
+        Some((name, space)) => space.trim().is_empty().then_some(name)?,
+        None => rest.trim().is_empty().then_some(kind)?,
     };
-    let (name, arguments) = (name.trim(), arguments.trim());
-    serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(arguments).ok()?;
-    (!name.is_empty()).then(|| ParsedCall { name: name.to_owned(), arguments: arguments.to_owned() })
+    Some(name.trim()).filter(|name| !name.is_empty())
+}
+
+impl Block {
+    fn push(&mut self, text: &str, content: &mut Content, parts: &mut Parts) {
+        let mut rest = text.to_owned();
+        loop {
+            match &mut self.state {
+                State::Content => return content.push(&rest, |text| parts.content(text)),
+                State::Header { text, looked_at } => {
+                    text.push_str(&rest);
+                    let Some(at) = text[*looked_at..].find('{') else {
+                        *looked_at = text.len();
+                        return;
+                    };
+                    let at = *looked_at + at;
+                    *looked_at = at;
+                    let Some(opens) = opens_object(&text[at..]) else { return };
+                    match name(&text[..at]).filter(|_| opens) {
+                        None => {
+                            let text = std::mem::take(text);
+                            self.state = State::Content;
+                            content.push(std::mem::take(&mut self.begin), |text| parts.content(text));
+                            rest = text;
+                        }
+                        Some(name) => {
+                            content.call();
+                            self.begin = "";
+                            parts.begin_call(name.to_owned());
+                            rest = text.split_off(at);
+                            self.state = State::Arguments(ObjectEnd::default());
+                        }
+                    }
+                }
+                State::Arguments(end) => {
+                    let (piece, behind) = end.cut(&rest);
+                    parts.arguments(piece);
+                    let Some(behind) = behind else { return };
+                    parts.end_call();
+                    self.state = State::header("");
+                    rest = behind.to_owned();
+                }
+            }
+        }
+    }
+
+    fn end(self, end: &str, content: &mut Content, parts: &mut Parts) {
+        match self.state {
+            // It was cut off.
+            State::Arguments(_) => parts.end_call(),
+            // Behind the last call, with nothing that begins another.
+            State::Header { text, .. } if self.begin.is_empty() && !text.contains(CALL_BEGIN) => {}
+            State::Header { text, .. } => {
+                for text in [self.begin, &text, end] {
+                    content.push(text, |text| parts.content(text));
+                }
+            }
+            State::Content => content.push(end, |text| parts.content(text)),
+        }
+    }
+}
+
+impl TextParser for Parser {
+    fn push(&mut self, text: &str, parts: &mut Parts) {
+        let Self { scanner, content, block } = self;
+        scanner.push(text);
+        loop {
+            match block {
+                None => {
+                    if scanner.next(&[CALLS_BEGIN], |text| content.push(text, |text| parts.content(text))).is_none() {
+                        return;
+                    }
+                    *block = Some(Block { begin: CALLS_BEGIN, state: State::header("") });
+                }
+                Some(open) => {
+                    if scanner.next(&[CALLS_END], |text| open.push(text, content, parts)).is_none() {
+                        return;
+                    }
+                    if let Some(open) = block.take() {
+                        open.end(CALLS_END, content, parts);
+                    }
+                }
+            }
+        }
+    }
+
+    fn finish(&mut self, parts: &mut Parts) {
+        let rest = self.scanner.take();
+        match self.block.take() {
+            Some(mut block) => {
+                block.push(&rest, &mut self.content, parts);
+                block.end("", &mut self.content, parts);
+            }
+            None => self.content.push(&rest, |text| parts.content(text)),
+        }
+        self.content.finish(|text| parts.content(text));
+    }
 }

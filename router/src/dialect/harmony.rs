@@ -1,5 +1,6 @@
 //! gpt-oss: messages on channels. `analysis` is reasoning, `final` is content, and a message to `functions.NAME` is a call.
 
+use super::json_stream::opens_object;
 use super::scan::Scanner;
 use super::{Dialects, ParsedCall, Parts, ReasoningDialect, TextParser};
 
@@ -31,7 +32,9 @@ enum State {
     Call {
         header: String,
         name: String,
+        /// What was not said yet: all of it until an object begins, then white space at its end.
         arguments: String,
+        has_begun: bool,
     },
 }
 
@@ -53,7 +56,7 @@ impl Parser {
         });
         match name {
             Some(name) if self.finds_calls && !name.is_empty() => {
-                State::Call { header, name, arguments: String::new() }
+                State::Call { header, name, arguments: String::new(), has_begun: false }
             }
             _ if channel.starts_with("analysis") && self.splits_reasoning => State::Analysis,
             _ => State::Final,
@@ -62,7 +65,9 @@ impl Parser {
 
     fn end_message(&mut self, parts: &mut Parts) {
         let state = std::mem::replace(&mut self.state, State::Header(String::new()));
-        if let State::Call { header, name, arguments } = state {
+        if let State::Call { has_begun: true, .. } = state {
+            parts.end_call();
+        } else if let State::Call { header, name, arguments, .. } = state {
             let arguments = if arguments.trim().is_empty() { "{}" } else { arguments.trim() };
             if serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(arguments).is_ok() {
                 parts.call(ParsedCall { name, arguments: arguments.to_owned() });
@@ -73,6 +78,22 @@ impl Parser {
             }
         }
     }
+}
+
+/// Says arguments as they come, once an object begins. White space around it belongs to nobody.
+fn push_arguments(text: &str, name: &str, held: &mut String, has_begun: &mut bool, parts: &mut Parts) {
+    held.push_str(text);
+    if !*has_begun {
+        if opens_object(held) != Some(true) {
+            return;
+        }
+        *has_begun = true;
+        parts.begin_call(name.to_owned());
+        held.drain(..held.len() - held.trim_start().len());
+    }
+    let space = held.split_off(held.trim_end().len());
+    parts.arguments(held);
+    *held = space;
 }
 
 impl TextParser for Parser {
@@ -90,7 +111,9 @@ impl TextParser for Parser {
                 state => {
                     let found = self.scanner.next(&ENDS, |text| match state {
                         State::Analysis => parts.reasoning(text),
-                        State::Call { arguments, .. } => arguments.push_str(text),
+                        State::Call { name, arguments, has_begun, .. } => {
+                            push_arguments(text, name, arguments, has_begun, parts);
+                        }
                         State::Final | State::Header(_) => parts.content(text),
                     });
                     let Some(found) = found else { return };
@@ -121,7 +144,9 @@ impl TextParser for Parser {
             }
             State::Analysis => parts.reasoning(&rest),
             State::Final => parts.content(&rest),
-            State::Call { arguments, .. } => arguments.push_str(&rest),
+            State::Call { name, arguments, has_begun, .. } => {
+                push_arguments(&rest, name, arguments, has_begun, parts);
+            }
         }
         self.end_message(parts);
     }

@@ -1,13 +1,19 @@
 //! Llama 3.1 and later: the whole answer is one JSON object, or several with semicolons between them, perhaps behind
 //! `<|python_tag|>`.
 
-use super::{Parts, TextParser, json_calls};
+use super::json_stream::CallBlock;
+use super::scan::Content;
+use super::{Parts, TextParser};
 
 pub(super) const PYTHON_TAG: &str = "<|python_tag|>";
 
 /// See the module's text.
 #[derive(Default)]
-pub(super) struct Parser(WholeAnswer);
+pub(super) struct Parser {
+    opening: WholeAnswer,
+    content: Content,
+    calls: Option<CallBlock>,
+}
 
 /// An answer that is held back as long as it may be calls.
 #[derive(Default)]
@@ -41,6 +47,23 @@ impl WholeAnswer {
     pub(super) fn take(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
+
+    /// What was held, in two, once an object or `mark` begins it: the object, or what follows the mark, is the second.
+    fn split(&mut self, mark: &str) -> Option<(String, String)> {
+        if self.is_text {
+            return None;
+        }
+        let opening = &self.held[self.space_len..];
+        let at = if opening.starts_with('{') {
+            self.space_len
+        } else if opening.starts_with(mark) {
+            self.space_len + mark.len()
+        } else {
+            return None;
+        };
+        let rest = self.held.split_off(at);
+        Some((self.take(), rest))
+    }
 }
 
 /// More than any opening has.
@@ -53,15 +76,22 @@ pub(super) fn may_begin(text: &str, mark: &str) -> bool {
 
 impl TextParser for Parser {
     fn push(&mut self, text: &str, parts: &mut Parts) {
-        self.0.push(text, |opening| may_begin(opening, "{") || may_begin(opening, PYTHON_TAG), parts);
+        if let Some(calls) = &mut self.calls {
+            return calls.push(text, &mut self.content, parts);
+        }
+        self.opening.push(text, |opening| may_begin(opening, "{") || may_begin(opening, PYTHON_TAG), parts);
+        if let Some((begin, rest)) = self.opening.split(PYTHON_TAG) {
+            let mut calls = CallBlock::new(begin);
+            calls.push(&rest, &mut self.content, parts);
+            self.calls = Some(calls);
+        }
     }
 
     fn finish(&mut self, parts: &mut Parts) {
-        let held = self.0.take();
-        let body = held.trim_start();
-        match json_calls::sequence(body.strip_prefix(PYTHON_TAG).unwrap_or(body)) {
-            Some(calls) => calls.into_iter().for_each(|call| parts.call(call)),
-            None => parts.content(&held),
+        match self.calls.take() {
+            Some(calls) => calls.end("", &mut self.content, parts),
+            None => parts.content(&self.opening.take()),
         }
+        self.content.finish(|text| parts.content(text));
     }
 }

@@ -3,6 +3,7 @@
 //! A model was trained on one way to write a call. Which one shows in its chat template; an operator can say otherwise. Each
 //! dialect is a file: an incremental parser, and the syntax of a call for grammars that enforce one. Parsers look at each byte
 //! a bounded number of times, give the same parts however the text is cut, and give text back as it was where it is not a call.
+//! Arguments that are JSON are said as they come; a call that was begun and turns out not to be JSON stands as it was written.
 
 mod blocks;
 mod deepseek;
@@ -10,6 +11,7 @@ mod enforce;
 mod harmony;
 mod hermes;
 mod json_calls;
+mod json_stream;
 mod llama;
 mod mistral;
 mod pythonic;
@@ -171,7 +173,12 @@ pub(crate) struct ParsedCall {
 pub(crate) enum Part {
     Content(String),
     Reasoning(String),
+    /// A whole call.
     Call(ParsedCall),
+    /// A call of this name begins; its arguments come in pieces.
+    CallBegin(String),
+    Arguments(String),
+    CallEnd,
 }
 
 /// Parts of an answer as they come; neighbours of one kind become one.
@@ -197,6 +204,22 @@ impl Parts {
 
     pub(crate) fn call(&mut self, call: ParsedCall) {
         self.0.push(Part::Call(call));
+    }
+
+    pub(crate) fn begin_call(&mut self, name: String) {
+        self.0.push(Part::CallBegin(name));
+    }
+
+    pub(crate) fn arguments(&mut self, text: &str) {
+        match self.0.last_mut() {
+            _ if text.is_empty() => {}
+            Some(Part::Arguments(arguments)) => arguments.push_str(text),
+            _ => self.0.push(Part::Arguments(text.to_owned())),
+        }
+    }
+
+    pub(crate) fn end_call(&mut self) {
+        self.0.push(Part::CallEnd);
     }
 
     pub(crate) fn drain(&mut self) -> impl Iterator<Item = Part> + '_ {
@@ -241,11 +264,11 @@ impl OutputParser {
         let calls: Option<Box<dyn TextParser>> = match dialects.tools {
             _ if is_harmony => Some(Box::new(harmony::Parser::new(*dialects, !tools.is_empty()))),
             _ if tools.is_empty() => None,
-            ToolDialect::Hermes => Some(Box::new(hermes::parser())),
+            ToolDialect::Hermes => Some(Box::new(hermes::Parser::default())),
             ToolDialect::Llama3Json => Some(Box::new(llama::Parser::default())),
             ToolDialect::Pythonic => Some(Box::new(pythonic::Parser::default())),
             ToolDialect::Mistral => Some(Box::new(mistral::Parser::default())),
-            ToolDialect::DeepseekV3 => Some(Box::new(deepseek::parser())),
+            ToolDialect::DeepseekV3 => Some(Box::new(deepseek::Parser::default())),
             ToolDialect::Qwen3Coder => Some(Box::new(qwen_xml::parser(Arc::clone(tools)))),
             ToolDialect::Harmony => None,
         };
@@ -287,7 +310,8 @@ impl OutputParser {
             match part {
                 Part::Content(text) => self.push_content(&text, parts),
                 Part::Reasoning(text) => parts.reasoning(&text),
-                Part::Call(call) => parts.call(call),
+                // Thoughts are told from content, and nothing else.
+                call => parts.0.push(call),
             }
         }
     }

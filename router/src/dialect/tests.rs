@@ -21,12 +21,19 @@ fn options(tools_dialect: ToolParserChoice, reasoning: ReasoningParserChoice, in
 fn parse<'t>(options: &ParserOptions, pieces: impl IntoIterator<Item = &'t str>) -> Vec<Part> {
     let mut parser = OutputParser::new(options).expect("there is something to find");
     let mut joined = Parts::default();
+    let mut open: Option<ParsedCall> = None;
     let mut join = |parts: &mut Parts| {
         for part in parts.drain() {
             match part {
                 Part::Content(text) => joined.content(&text),
                 Part::Reasoning(text) => joined.reasoning(&text),
                 Part::Call(call) => joined.call(call),
+                Part::CallBegin(name) => {
+                    assert!(open.is_none(), "one call at a time");
+                    open = Some(ParsedCall { name, arguments: String::new() });
+                }
+                Part::Arguments(text) => open.as_mut().expect("of a call").arguments.push_str(&text),
+                Part::CallEnd => joined.call(open.take().expect("a call began")),
             }
         }
     };
@@ -37,6 +44,7 @@ fn parse<'t>(options: &ParserOptions, pieces: impl IntoIterator<Item = &'t str>)
     }
     parser.finish(&mut parts);
     join(&mut parts);
+    assert!(open.is_none(), "every call ends");
     joined.drain().collect()
 }
 
@@ -302,11 +310,17 @@ fn hostile_output_takes_linear_time() {
         "a",
         "<｜tool▁call▁begin｜>",
         "((((",
+        "[TOOL_CALLS]f{}",
+        "{\"name\": \"f\", \"arguments\": {",
+        "; ",
     ];
-    for options in all_options() {
+    // What the repeated part may come behind.
+    let openings =
+        ["", "[TOOL_CALLS]", "[TOOL_CALLS]f{", "[TOOL_CALLS]f{}", "<tool_call>{\"name\": \"f\", ", "<|python_tag|>"];
+    for (options, opening) in all_options().iter().flat_map(|options| openings.map(|opening| (options, opening))) {
         for unit in units {
             let time = |bytes: usize| {
-                let text = unit.repeat(bytes / unit.len());
+                let text = opening.to_owned() + &unit.repeat(bytes / unit.len());
                 // The best of a few, since other work shares the cores.
                 let once = |_| {
                     let start = Instant::now();
@@ -319,14 +333,18 @@ fn hostile_output_takes_linear_time() {
                         pieces.push(piece);
                         rest = others;
                     }
-                    parse(&options, pieces);
+                    parse(options, pieces);
                     start.elapsed().as_secs_f64()
                 };
-                (0..3).map(once).fold(f64::INFINITY, f64::min)
+                (0..2).map(once).fold(f64::INFINITY, f64::min)
             };
             let (short, long) = (time(1 << 14), time(1 << 16));
             // Four times the text; a quadratic step would take sixteen times as long.
-            assert!(long < short * 10.0 + 0.02, "{:?} {unit:?}: {short} s, then {long} s", options.dialects);
+            assert!(
+                long < short * 10.0 + 0.02,
+                "{:?} {opening:?} {unit:?}: {short} s, then {long} s",
+                options.dialects
+            );
         }
     }
 }
@@ -351,4 +369,71 @@ fn dialects_show_in_templates() {
     assert_eq!(detect("<|im_start|>"), (ToolDialect::Hermes, None));
     let told = Dialects::detect("[TOOL_CALLS] </think>", T::Hermes, R::None);
     assert_eq!((told.tools, told.reasoning), (ToolDialect::Hermes, None));
+}
+
+/// Of each dialect whose arguments are JSON: a call begins before its arguments are there, and they come as they are written.
+#[test]
+fn arguments_come_in_pieces() {
+    use ReasoningParserChoice as R;
+    use ToolParserChoice as T;
+    let arguments = r#"{"city": "a } \\\" { b", "days": [1, {"x": 2}]}"#;
+    let in_json = format!(r#"{{"id": "7", "name": "weather", "arguments": {arguments}}}"#);
+    for (dialect, text) in [
+        (T::Hermes, format!("<tool_call>\n{in_json}\n</tool_call>")),
+        (T::Llama3Json, in_json.replace("arguments", "parameters")),
+        (T::Mistral, format!("[TOOL_CALLS][{in_json}]")),
+        (T::Mistral, format!("[TOOL_CALLS]weather[CALL_ID]abc[ARGS]{arguments}")),
+        (
+            T::DeepseekV3,
+            format!("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"),
+        ),
+        (T::Harmony, format!("<|channel|>commentary to=functions.weather<|message|>{arguments} <|call|>")),
+    ] {
+        let options = options(dialect, if dialect == T::Harmony { R::Harmony } else { R::None }, false);
+        let mut parser = OutputParser::new(&options).expect("there is something to find");
+        let (mut said, mut pieces) = (Vec::new(), 0);
+        for character in text.chars() {
+            let mut parts = Parts::default();
+            parser.push(&character.to_string(), &mut parts);
+            for part in parts.drain() {
+                pieces += usize::from(matches!(part, Part::Arguments(_)));
+                said.push(part);
+            }
+        }
+        let mut parts = Parts::default();
+        parser.finish(&mut parts);
+        said.extend(parts.drain());
+        assert_eq!(said.first(), Some(&Part::CallBegin("weather".to_owned())), "{text}");
+        assert_eq!(said.last(), Some(&Part::CallEnd), "{text}");
+        assert!(pieces > arguments.len() / 2, "{text}: {pieces} pieces");
+        let joined: String = said
+            .iter()
+            .filter_map(|part| if let Part::Arguments(text) = part { Some(text.as_str()) } else { None })
+            .collect();
+        assert_eq!(joined, arguments, "{text}");
+        // Cut off anywhere within the arguments the call stands as far as it came.
+        let cut = text.find("[1,").expect("a list");
+        let whole = parse(&options, [&text[..cut]]);
+        let Some(Part::Call(call)) = whole.last() else { panic!("{whole:?}") };
+        assert_eq!(
+            (call.name.as_str(), call.arguments.trim_end()),
+            ("weather", arguments[..arguments.find("[1,").unwrap()].trim_end())
+        );
+    }
+}
+
+#[test]
+fn what_follows_a_call_and_is_none_is_content() {
+    use ToolParserChoice as T;
+    let one = r#"{"name": "weather", "arguments": {"days": 1}}"#;
+    for (dialect, text, rest) in [
+        (T::Hermes, format!("<tool_call>{one} more</tool_call> end"), " more</tool_call> end"),
+        (T::Llama3Json, format!("{one} more"), " more"),
+        (T::Mistral, format!("[TOOL_CALLS][{one}, 5]"), ", 5]"),
+        (T::Mistral, "[TOOL_CALLS]weather{\"days\": 1} more".to_owned(), " more"),
+    ] {
+        let options = options(dialect, ReasoningParserChoice::None, false);
+        let expected = vec![call("weather", json!({"days": 1})), content(rest)];
+        assert_eq!(compact(parse(&options, [text.as_str()])), expected, "{text}");
+    }
 }

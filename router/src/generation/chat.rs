@@ -16,6 +16,13 @@ pub struct ChatMessage {
     pub reasoning: Option<String>,
 }
 
+/// What a call begins with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallHead {
+    pub id: String,
+    pub name: String,
+}
+
 /// A call of a tool.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ToolCall {

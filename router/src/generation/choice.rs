@@ -7,7 +7,7 @@ use quire_scheduler::{FinishReason, TokenLogprobs};
 use crate::detokenizer::{Detokenizer, SpecialTokenText, Start, StopAllowed, StopMatcher, StopString, TokenTable};
 use crate::dialect::{OutputParser, ParsedCall, ParserOptions, Part, Parts};
 
-use super::{GenerationEvent, NamedLogprobs, StopCause, TokenInfo, ToolCall};
+use super::{CallHead, GenerationEvent, NamedLogprobs, StopCause, TokenInfo, ToolCall};
 
 /// What all choices of a request share.
 pub(super) struct ChoiceRules {
@@ -55,6 +55,8 @@ pub(super) struct Choice {
     parser: Option<OutputParser>,
     parts: Parts,
     num_calls: u32,
+    /// What has come of a call that is said in pieces.
+    open_call: Option<ToolCall>,
     num_reasoning_tokens: u32,
 }
 
@@ -74,6 +76,7 @@ impl Choice {
             parser,
             parts: Parts::default(),
             num_calls: 0,
+            open_call: None,
             num_reasoning_tokens: 0,
         }
     }
@@ -174,11 +177,37 @@ impl Choice {
                     emit(GenerationEvent::Reasoning { choice_index, text });
                 }
                 Part::Reasoning(_) => {}
+                Part::CallBegin(name) => {
+                    let head = CallHead { id: answer.parser.dialects.call_id(), name };
+                    let call = ToolCall { id: head.id.clone(), name: head.name.clone(), arguments: String::new() };
+                    self.open_call = Some(call);
+                    let (call_index, arguments) = (self.num_calls, String::new());
+                    emit(GenerationEvent::ToolCallPiece { choice_index, call_index, head: Some(head), arguments });
+                }
+                Part::Arguments(arguments) => {
+                    if let Some(call) = &mut self.open_call {
+                        call.arguments.push_str(&arguments);
+                    }
+                    let call_index = self.num_calls;
+                    emit(GenerationEvent::ToolCallPiece { choice_index, call_index, head: None, arguments });
+                }
+                Part::CallEnd => {
+                    let Some(call) = self.open_call.take() else { continue };
+                    let call_index = self.num_calls;
+                    self.num_calls += 1;
+                    // One that was cut off is not what was asked for: its end is that of the choice.
+                    let is_whole = serde_json::from_str::<serde::de::IgnoredAny>(&call.arguments).is_ok();
+                    emit(GenerationEvent::ToolCall { choice_index, call_index, call, in_pieces: true });
+                    if is_whole && !answer.parallel_tool_calls {
+                        self.finished = true;
+                        break;
+                    }
+                }
                 Part::Call(ParsedCall { name, arguments }) => {
                     let call_index = self.num_calls;
                     self.num_calls += 1;
                     let call = ToolCall { id: answer.parser.dialects.call_id(), name, arguments };
-                    emit(GenerationEvent::ToolCall { choice_index, call_index, call });
+                    emit(GenerationEvent::ToolCall { choice_index, call_index, call, in_pieces: false });
                     if !answer.parallel_tool_calls {
                         // Whatever comes behind it was not asked for.
                         self.finished = true;

@@ -302,10 +302,12 @@ pub(super) fn started(generation: &Generation, model: &str) -> wire::StreamEvent
     }))
 }
 
-/// Every other event; an error is the stream's status.
-pub(super) fn stream_event(from: GenerationEvent, request_id: &str) -> Result<wire::StreamEvent, Box<Status>> {
+/// Every other event, where it is one of this contract; an error is the stream's status.
+pub(super) fn stream_event(from: GenerationEvent, request_id: &str) -> Result<Option<wire::StreamEvent>, Box<Status>> {
     use wire::stream_event::Event;
-    Ok(event(match from {
+    Ok(Some(event(match from {
+        // Calls come whole.
+        GenerationEvent::ToolCallPiece { .. } => return Ok(None),
         GenerationEvent::PromptLogprobs { position, info } => Event::PromptLogprobs(prompt_token(position, info)),
         GenerationEvent::Delta { choice_index, text, tokens } => {
             let tokens = tokens.into_iter().map(token).collect();
@@ -314,7 +316,7 @@ pub(super) fn stream_event(from: GenerationEvent, request_id: &str) -> Result<wi
         GenerationEvent::Reasoning { choice_index, text } => {
             Event::Reasoning(wire::ReasoningDelta { choice_index, text })
         }
-        GenerationEvent::ToolCall { choice_index, call_index, call } => {
+        GenerationEvent::ToolCall { choice_index, call_index, call, .. } => {
             Event::ToolCall(wire::ToolCallEvent { choice_index, call_index, call: Some(call_on_wire(call)) })
         }
         GenerationEvent::ChoiceFinished { choice_index, cause } => {
@@ -322,7 +324,7 @@ pub(super) fn stream_event(from: GenerationEvent, request_id: &str) -> Result<wi
         }
         GenerationEvent::Done { usage: total } => Event::Done(wire::Done { usage: Some(usage(total)) }),
         GenerationEvent::Error(error) => return Err(Box::new(status(&error, request_id))),
-    }))
+    })))
 }
 
 fn event(event: wire::stream_event::Event) -> wire::StreamEvent {
@@ -358,6 +360,7 @@ impl Collector {
                 choice.tokens.extend(tokens.into_iter().map(token));
             }
             GenerationEvent::Reasoning { choice_index, text } => self.choice(choice_index).reasoning.push_str(&text),
+            GenerationEvent::ToolCallPiece { .. } => {}
             GenerationEvent::ToolCall { choice_index, call, .. } => {
                 self.choice(choice_index).tool_calls.push(call_on_wire(call));
             }

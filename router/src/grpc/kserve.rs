@@ -100,6 +100,7 @@ async fn text_of((mut generation, mut text): (Generation, String)) -> Result<(St
             // Of conversations, which this contract has none of.
             GenerationEvent::PromptLogprobs { .. }
             | GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCallPiece { .. }
             | GenerationEvent::ToolCall { .. } => {}
         }
     }
@@ -137,6 +138,7 @@ async fn responses(
                 GenerationEvent::Delta { .. }
                 | GenerationEvent::PromptLogprobs { .. }
                 | GenerationEvent::Reasoning { .. }
+                | GenerationEvent::ToolCallPiece { .. }
                 | GenerationEvent::ToolCall { .. } => continue,
                 GenerationEvent::ChoiceFinished { cause, .. } => {
                     end = cause;

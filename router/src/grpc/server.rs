@@ -89,9 +89,13 @@ impl Handlers {
         let id = generation.request_id.clone();
         let first = convert::started(&generation, &model);
         let events = stream::unfold(generation, |mut generation| async move {
-            let event = generation.next().await?;
-            let event = convert::stream_event(event, &generation.request_id).map_err(|status| *status);
-            Some((event, generation))
+            loop {
+                let event = generation.next().await?;
+                let event = convert::stream_event(event, &generation.request_id).map_err(|status| *status);
+                if let Some(event) = event.transpose() {
+                    return Some((event, generation));
+                }
+            }
         });
         let events: EventStream = Box::pin(stream::once(async { Ok(first) }).chain(events));
         let mut response = Response::new(events);

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
 use crate::error::ApiError;
-use crate::generation::{Generation, GenerationEvent, NamedLogprobs, StopCause, TokenInfo, ToolCall, Usage};
+use crate::generation::{CallHead, Generation, GenerationEvent, NamedLogprobs, StopCause, TokenInfo, ToolCall, Usage};
 
 /// JSON has no infinity; a token that cannot be chosen is this unlikely.
 const LEAST_LOGPROB: f32 = -9999.0;
@@ -409,21 +409,35 @@ pub(super) enum LogprobsJson {
 pub(super) struct ToolCallJson {
     #[serde(skip_serializing_if = "Option::is_none")]
     index: Option<u32>,
-    id: String,
-    r#type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    r#type: Option<&'static str>,
     function: FunctionJson,
 }
 
 #[derive(Serialize)]
 struct FunctionJson {
-    name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
     arguments: String,
 }
 
 impl ToolCallJson {
     pub(super) fn new(index: Option<u32>, call: ToolCall) -> Self {
         let ToolCall { id, name, arguments } = call;
-        Self { index, id, r#type: "function", function: FunctionJson { name, arguments } }
+        let function = FunctionJson { name: Some(name), arguments };
+        Self { index, id: Some(id), r#type: Some("function"), function }
+    }
+
+    /// The next part of a call that is streamed: id and name first, then pieces of arguments.
+    pub(super) fn piece(index: u32, head: Option<CallHead>, arguments: String) -> Self {
+        match head {
+            Some(CallHead { id, name }) => Self::new(Some(index), ToolCall { id, name, arguments }),
+            None => {
+                Self { index: Some(index), id: None, r#type: None, function: FunctionJson { name: None, arguments } }
+            }
+        }
     }
 }
 
@@ -472,7 +486,7 @@ pub(super) async fn whole(head: &Head, mut generations: Generations) -> Result<V
                         choice.finish = Some(cause.into());
                     }
                 }
-                GenerationEvent::Done { .. } | GenerationEvent::Error(_) => {}
+                GenerationEvent::ToolCallPiece { .. } | GenerationEvent::Done { .. } | GenerationEvent::Error(_) => {}
             },
             Some(Event::Done(usage)) => break usage,
             Some(Event::Error(error)) => return Err(error),

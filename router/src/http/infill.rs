@@ -195,6 +195,7 @@ impl Framing for PieceWriter {
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = cause,
             // A gap has neither calls nor reasoning, and ends are framed by the stream.
             GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCallPiece { .. }
             | GenerationEvent::ToolCall { .. }
             | GenerationEvent::PromptLogprobs { .. }
             | GenerationEvent::Done { .. }

@@ -34,6 +34,7 @@ impl Items {
             GenerationEvent::Reasoning { text, .. } => self.reasoning(&text),
             GenerationEvent::ToolCall { call, .. } => self.call(call),
             GenerationEvent::PromptLogprobs { .. }
+            | GenerationEvent::ToolCallPiece { .. }
             | GenerationEvent::ChoiceFinished { .. }
             | GenerationEvent::Done { .. }
             | GenerationEvent::Error(_) => {}
@@ -68,6 +69,13 @@ impl Items {
     pub(super) fn call(&mut self, call: ToolCall) {
         self.waiting.clear();
         self.items.push(Item::Call(call));
+    }
+
+    /// The last item is this call, of which only the beginning was known.
+    pub(super) fn end_call(&mut self, call: ToolCall) {
+        if let Some(last @ Item::Call(_)) = self.items.last_mut() {
+            *last = Item::Call(call);
+        }
     }
 
     /// An answer of nothing is a text of nothing.

@@ -76,7 +76,14 @@ impl Framing for ChunkWriter {
                 self.start(prompt_index, index, out);
                 self.chunk(index, Piece { reasoning: Some(&text), ..Piece::default() }, out);
             }
-            GenerationEvent::ToolCall { choice_index, call_index, call } => {
+            GenerationEvent::ToolCallPiece { choice_index, call_index, head, arguments } => {
+                let index = self.index(prompt_index, choice_index);
+                self.start(prompt_index, index, out);
+                let tool_call = Some(ToolCallJson::piece(call_index, head, arguments));
+                self.chunk(index, Piece { tool_call, ..Piece::default() }, out);
+            }
+            GenerationEvent::ToolCall { in_pieces: true, .. } => {}
+            GenerationEvent::ToolCall { choice_index, call_index, call, .. } => {
                 let index = self.index(prompt_index, choice_index);
                 self.start(prompt_index, index, out);
                 let tool_call = Some(ToolCallJson::new(Some(call_index), call));

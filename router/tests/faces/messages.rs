@@ -156,7 +156,8 @@ fn streamed_content(answer: &Answer) -> (Vec<Value>, Value) {
                 assert!(std::mem::take(&mut open) && data["index"] == json!(blocks.len() - 1), "{data}");
                 if !input.is_empty() {
                     blocks.last_mut().expect("a block")["input"] =
-                        serde_json::from_str(&std::mem::take(&mut input)).expect("JSON");
+                        serde_json::from_str(&input).unwrap_or_else(|_| json!({"INVALID_JSON": input}));
+                    input.clear();
                 }
             }
             "message_delta" => reason = data["delta"]["stop_reason"].clone(),

@@ -5,7 +5,7 @@ use quire_proto::quire::v1 as wire;
 use quire_router::dialect::{ReasoningParserChoice, ToolParserChoice};
 use serde_json::{Value, json};
 
-use crate::harness::{Server, VOCAB, chat, saying, with};
+use crate::harness::{Server, VOCAB, chat, named, saying, user, with};
 
 fn weather() -> Value {
     json!({
@@ -52,8 +52,9 @@ struct Said {
     finish: String,
 }
 
+/// Arguments are JSON, unless they were cut off: then they are text.
 fn arguments(text: &str) -> Value {
-    serde_json::from_str(text).unwrap_or_else(|_| panic!("arguments are JSON: {text}"))
+    serde_json::from_str(text).unwrap_or_else(|_| Value::from(text))
 }
 
 impl Said {
@@ -81,21 +82,30 @@ impl Said {
 
     fn of_chunks(chunks: &[Value]) -> Self {
         let mut said = Self { text: String::new(), reasoning: String::new(), calls: Vec::new(), finish: String::new() };
+        let mut calls: Vec<(String, String)> = Vec::new();
         for choice in chunks.iter().filter_map(|chunk| chunk["choices"].get(0)) {
             let delta = &choice["delta"];
             said.text.push_str(delta["content"].as_str().unwrap_or_default());
             said.reasoning.push_str(delta["reasoning_content"].as_str().unwrap_or_default());
             for call in delta["tool_calls"].as_array().map_or(&[][..], Vec::as_slice) {
-                assert_eq!(call["index"], json!(said.calls.len()));
                 let function = &call["function"];
-                let name = function["name"].as_str().expect("a name").to_owned();
-                said.calls.push((name, arguments(function["arguments"].as_str().expect("text"))));
+                // First id, type and name, then pieces of arguments.
+                if let Some(name) = function["name"].as_str() {
+                    assert_eq!((&call["index"], &call["type"]), (&json!(calls.len()), &json!("function")));
+                    assert!(!call["id"].as_str().expect("an id").is_empty());
+                    calls.push((name.to_owned(), String::new()));
+                } else {
+                    assert_eq!((call["index"].clone(), call.get("id")), (json!(calls.len() - 1), None));
+                }
+                let (_, text) = calls.last_mut().expect("a call began");
+                text.push_str(function["arguments"].as_str().expect("text"));
             }
             if let Some(finish) = choice["finish_reason"].as_str() {
                 assert!(said.finish.is_empty(), "one end");
                 said.finish = finish.to_owned();
             }
         }
+        said.calls = calls.into_iter().map(|(name, text)| (name, arguments(&text))).collect();
         said
     }
 
@@ -127,6 +137,8 @@ async fn ask(server: &Server, extra: Value, change: impl FnOnce(&mut wire::ChatR
     change(&mut request);
     let response = server.quire().chat(request).await.expect("answers").into_inner();
     assert_eq!(Said::of_grpc(&response.choices[0]), said);
+    let is_cut = said.calls.iter().any(|(_, arguments)| !arguments.is_object());
+    assert!(!is_cut || said.finish == "length", "{said:?}");
     said
 }
 
@@ -199,7 +211,7 @@ async fn calls_that_must_be_made_are_made() {
             assert!(one.calls.iter().all(|(name, _)| name == "weather"), "{dialect:?}: {one:?}");
             for said in [said, one] {
                 if said.finish == "length" {
-                    // Text that never closed: it is given back as it was.
+                    // A text that never closed: what came of the call stands, or is given back as it was.
                     continue;
                 }
                 assert_eq!(
@@ -305,4 +317,37 @@ async fn conversations_with_calls_become_prompts_and_forge_nothing() {
     assert_eq!(starts(&tokens), 5, "{text}");
     let (tokens, text) = prompt_of(json!({"tools": tools(), "tool_choice": "none"})).await;
     assert!(!text.contains("weather") && starts(&tokens) == 2, "{text}");
+}
+
+/// A call's name is there before its arguments, in every dialect of the clients, and they come in pieces.
+#[tokio::test]
+async fn arguments_are_streamed_in_pieces() {
+    let call = r#"<tool_call>{"name": "weather", "arguments": {"city": "Paris", "days": 2}}</tool_call>"#;
+    let server = Server::saying(call);
+    let body = with(chat("Go"), json!({"tools": tools(), "stream": true}));
+    let chunks = server.post("/v1/chat/completions", &body).await.chunks();
+    let calls: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]["tool_calls"][0]).collect();
+    let calls: Vec<&Value> = calls.into_iter().filter(|call| call.is_object()).collect();
+    assert!(calls.len() > 4, "{calls:?}");
+    assert_eq!((&calls[0]["function"]["name"], &calls[0]["function"]["arguments"]), (&json!("weather"), &json!("")));
+    assert!(calls[1..].iter().all(|call| call.get("id").is_none() && call["function"].get("name").is_none()));
+
+    let tool = json!({"type": "function", "name": "weather", "parameters": weather()});
+    let body = json!({"model": "demo", "input": "Go", "tools": [tool], "stream": true});
+    let events = named(&server.post("/v1/responses", &body).await);
+    let of = |name: &str| events.iter().filter(|(other, _)| other == name).map(|(_, data)| data).collect::<Vec<_>>();
+    let deltas = of("response.function_call_arguments.delta");
+    let text: String = deltas.iter().map(|delta| delta["delta"].as_str().expect("text")).collect();
+    assert!(deltas.len() > 3 && deltas.iter().all(|delta| delta["item_id"] == deltas[0]["item_id"]), "{deltas:?}");
+    assert_eq!(of("response.function_call_arguments.done")[0]["arguments"], json!(text));
+    assert_eq!(arguments(&text), json!({"city": "Paris", "days": 2}));
+    assert_eq!(of("response.output_item.added")[0]["item"]["arguments"], "");
+    assert_eq!(of("response.output_item.done")[0]["item"]["arguments"], json!(text));
+
+    let tool = json!({"name": "weather", "input_schema": weather()});
+    let body = json!({"model": "demo", "max_tokens": 100, "messages": user("Go"), "tools": [tool], "stream": true});
+    let events = named(&server.post("/v1/messages", &body).await);
+    let pieces: Vec<&str> = events.iter().filter_map(|(_, data)| data["delta"]["partial_json"].as_str()).collect();
+    assert!(pieces.len() > 3, "{pieces:?}");
+    assert_eq!(arguments(&pieces.concat()), json!({"city": "Paris", "days": 2}));
 }

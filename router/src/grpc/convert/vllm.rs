@@ -246,9 +246,10 @@ impl Writer {
                 })
             }
             // Of conversations, which this contract has none of.
-            GenerationEvent::Reasoning { .. } | GenerationEvent::ToolCall { .. } | GenerationEvent::Done { .. } => {
-                return Ok(None);
-            }
+            GenerationEvent::Reasoning { .. }
+            | GenerationEvent::ToolCallPiece { .. }
+            | GenerationEvent::ToolCall { .. }
+            | GenerationEvent::Done { .. } => return Ok(None),
             GenerationEvent::Error(error) => return Err(error),
         };
         self.has_spoken = true;

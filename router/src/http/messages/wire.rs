@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::error::ApiError;
-use crate::generation::{GenerationEvent, StopCause, ToolCall, Usage};
+use crate::generation::{CallHead, GenerationEvent, StopCause, ToolCall, Usage};
 use crate::http::ask::Whole;
 use crate::http::failure::{Dialect, error_json};
 use crate::http::items::Item;
@@ -56,9 +56,9 @@ fn tool_block(call: &ToolCall, input: Value) -> Value {
     json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input})
 }
 
-/// What a model wrote as arguments is JSON, an object.
+/// What a model wrote as arguments is JSON, an object; where it was cut off its text is kept under a name for that.
 fn arguments(call: &ToolCall) -> Value {
-    serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}))
+    serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({"INVALID_JSON": call.arguments}))
 }
 
 /// Tokens that were read from the cache are counted apart from those that were not.
@@ -149,13 +149,23 @@ impl MessageStream {
         out.extend_from_slice(b"}}\n\n");
     }
 
-    fn call(&mut self, call: &ToolCall, out: &mut Vec<u8>) {
-        self.close(out);
-        self.start(tool_block(call, json!({})), out);
-        let delta = json!({"type": "input_json_delta", "partial_json": call.arguments});
-        let delta = json!({"type": "content_block_delta", "index": self.num_closed, "delta": delta});
-        sse_named("content_block_delta", &delta, out);
+    fn call(&mut self, call: ToolCall, out: &mut Vec<u8>) {
+        let ToolCall { id, name, arguments } = call;
+        self.call_piece(Some(CallHead { id, name }), &arguments, out);
         self.stop(out);
+    }
+
+    /// A call begins, or more of its arguments comes.
+    fn call_piece(&mut self, head: Option<CallHead>, arguments: &str, out: &mut Vec<u8>) {
+        if let Some(CallHead { id, name }) = head {
+            self.close(out);
+            self.start(tool_block(&ToolCall { id, name, arguments: String::new() }, json!({})), out);
+        }
+        if !arguments.is_empty() {
+            let delta = json!({"type": "input_json_delta", "partial_json": arguments});
+            let delta = json!({"type": "content_block_delta", "index": self.num_closed, "delta": delta});
+            sse_named("content_block_delta", &delta, out);
+        }
     }
 }
 
@@ -173,7 +183,9 @@ impl Framing for MessageStream {
                 }
             }
             GenerationEvent::Reasoning { text, .. } => self.say(Block::Thinking, &text, out),
-            GenerationEvent::ToolCall { call, .. } => self.call(&call, out),
+            GenerationEvent::ToolCallPiece { head, arguments, .. } => self.call_piece(head, &arguments, out),
+            GenerationEvent::ToolCall { in_pieces: true, .. } => self.stop(out),
+            GenerationEvent::ToolCall { call, .. } => self.call(call, out),
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = cause,
             // Not asked for by this dialect; ends are framed by the stream.
             GenerationEvent::PromptLogprobs { .. } | GenerationEvent::Done { .. } | GenerationEvent::Error(_) => {}

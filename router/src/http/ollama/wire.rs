@@ -109,9 +109,10 @@ impl LineWriter {
     }
 }
 
-/// A call; its arguments are an object in this dialect.
+/// A call; its arguments are an object in this dialect, and where they were cut off their text is kept in one.
 fn call_json(call: &ToolCall, index: u32) -> Value {
-    let arguments: Value = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
+    let arguments: Value =
+        serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({"INVALID_JSON": call.arguments}));
     json!({"id": call.id, "function": {"index": index, "name": call.name, "arguments": arguments}})
 }
 
@@ -133,7 +134,10 @@ impl Framing for LineWriter {
             }
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = Some(cause),
             // Not asked for by this dialect; ends are framed by the stream.
-            GenerationEvent::PromptLogprobs { .. } | GenerationEvent::Done { .. } | GenerationEvent::Error(_) => {}
+            GenerationEvent::PromptLogprobs { .. }
+            | GenerationEvent::ToolCallPiece { .. }
+            | GenerationEvent::Done { .. }
+            | GenerationEvent::Error(_) => {}
         }
     }
 

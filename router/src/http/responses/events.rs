@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::error::ApiError;
-use crate::generation::{GenerationEvent, StopCause, ToolCall, Usage};
+use crate::generation::{CallHead, GenerationEvent, StopCause, ToolCall, Usage};
 use crate::http::items::{Item, Items};
 use crate::http::stream::{Framing, push_json, sse_named};
 
@@ -108,14 +108,30 @@ impl ResponseStream {
     }
 
     fn call(&mut self, call: ToolCall, out: &mut Vec<u8>) {
-        self.close(Status::Completed, out);
+        let ToolCall { id, name, arguments } = call.clone();
+        self.call_piece(Some(CallHead { id, name }), "", out);
+        self.call_piece(None, &arguments, out);
+        self.end_call(call, out);
+    }
+
+    /// A call begins, or more of its arguments comes.
+    fn call_piece(&mut self, head: Option<CallHead>, arguments: &str, out: &mut Vec<u8>) {
+        if let Some(CallHead { id, name }) = head {
+            self.close(Status::Completed, out);
+            self.items.call(ToolCall { id, name, arguments: String::new() });
+            self.added(out);
+            return;
+        }
+        let Some((index, item)) = self.last() else { return };
+        let delta = json!({"item_id": self.head.item_id(index, item), "output_index": index, "delta": arguments});
+        self.say("response.function_call_arguments.delta", delta, out);
+    }
+
+    fn end_call(&mut self, call: ToolCall, out: &mut Vec<u8>) {
         let (name, arguments) = (call.name.clone(), call.arguments.clone());
-        self.items.call(call);
-        self.added(out);
+        self.items.end_call(call);
         let Some((index, item)) = self.last() else { return };
         let (id, whole) = (self.head.item_id(index, item), self.head.item(index, item, Status::Completed));
-        let delta = json!({"item_id": id, "output_index": index, "delta": arguments});
-        self.say("response.function_call_arguments.delta", delta, out);
         let done = json!({"item_id": id, "output_index": index, "name": name, "arguments": arguments});
         self.say("response.function_call_arguments.done", done, out);
         self.say("response.output_item.done", json!({"output_index": index, "item": whole}), out);
@@ -158,6 +174,8 @@ impl Framing for ResponseStream {
                 }
                 self.piece(&text, None, out);
             }
+            GenerationEvent::ToolCallPiece { head, arguments, .. } => self.call_piece(head, &arguments, out),
+            GenerationEvent::ToolCall { call, in_pieces: true, .. } => self.end_call(call, out),
             GenerationEvent::ToolCall { call, .. } => self.call(call, out),
             GenerationEvent::ChoiceFinished { cause, .. } => self.cause = cause,
             // Not asked for by this dialect; ends are framed by the stream.
