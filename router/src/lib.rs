@@ -27,5 +27,6 @@ pub mod shutdown;
 mod stall;
 pub mod telemetry;
 pub mod tokenizer;
+mod turn_cache;
 pub mod worker;
 mod zip;

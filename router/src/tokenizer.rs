@@ -9,13 +9,17 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use quire_scheduler::CacheSalt;
 use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use crate::detokenizer::TokenTable;
 use crate::served_model::LoadError;
+use crate::turn_cache::{Turn, TurnCache};
 
 const FILE: &str = "tokenizer.json";
+/// Bytes of texts whose tokens are kept for when they come again.
+const TURN_CACHE_BYTES: usize = 16 << 20;
 
 /// Why a text has no tokens. Holds none of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,6 +54,16 @@ pub struct TextTokenizer {
     unknown: Option<u32>,
     pair: Option<PairTemplate>,
     table: Arc<TokenTable>,
+    turns: TurnCache,
+}
+
+/// Text of users inside a template's text.
+#[derive(Clone, Copy, Debug)]
+pub struct Guarded<'m> {
+    /// The mark that it was [guarded](TextTokenizer::guard) with.
+    pub mark: &'m str,
+    /// Whose texts have known tokens when they come again; `None` leaves no trace.
+    pub salt: Option<CacheSalt>,
 }
 
 /// What the post-processor puts around and between two texts.
@@ -114,8 +128,9 @@ impl TextTokenizer {
             following
         });
         let unknown = file.model.unk_id.or_else(|| file.model.unk_token.and_then(|token| start.token_to_id(&token)));
-        let mut tokenizer =
-            Self { start, following, specials, prefix: Vec::new(), suffix: Vec::new(), unknown, pair: None, table };
+        let (prefix, suffix) = (Vec::new(), Vec::new());
+        let turns = TurnCache::new(TURN_CACHE_BYTES);
+        let mut tokenizer = Self { start, following, specials, prefix, suffix, unknown, pair: None, table, turns };
         let (prefix, suffix) =
             tokenizer.affixes().ok_or_else(|| error("its post-processor is not supported".into()))?;
         tokenizer.prefix = prefix;
@@ -156,9 +171,15 @@ impl TextTokenizer {
         }
     }
 
-    /// The tokens of a rendered chat template whose user text was [guarded](Self::guard) with `mark`.
-    pub fn encode_guarded(&self, text: &str, mark: &str, add_special_tokens: bool) -> Result<Vec<u32>, EncodeError> {
-        self.encode_parsed(text, Some(mark), add_special_tokens)
+    /// The tokens of a rendered chat template whose user text was guarded. Texts between special tokens that came before
+    /// are not encoded again.
+    pub fn encode_guarded(
+        &self,
+        text: &str,
+        guarded: Guarded,
+        add_special_tokens: bool,
+    ) -> Result<Vec<u32>, EncodeError> {
+        self.encode_parsed(text, Some(guarded), add_special_tokens)
     }
 
     /// `text` with `mark` inside everything that is a special token, or that could become one with what follows it.
@@ -205,11 +226,16 @@ impl TextTokenizer {
         self.encode_segment(self.following.as_ref().unwrap_or(&self.start), text, ids)
     }
 
-    fn encode_parsed(&self, text: &str, mark: Option<&str>, add_special_tokens: bool) -> Result<Vec<u32>, EncodeError> {
+    fn encode_parsed(
+        &self,
+        text: &str,
+        guarded: Option<Guarded>,
+        add_special_tokens: bool,
+    ) -> Result<Vec<u32>, EncodeError> {
         let mut ids = Vec::new();
         self.begin(add_special_tokens, &mut ids);
         let mut rest = text;
-        let mut tokenizer = &self.start;
+        let mut is_first = true;
         let mut strip_start = false;
         loop {
             let found = self.specials.find(rest);
@@ -220,16 +246,21 @@ impl TextTokenizer {
             if found.is_some_and(|(_, _, token)| token.lstrip) {
                 segment = segment.trim_end();
             }
-            let plain = match mark {
-                Some(mark) if segment.contains(mark) => Cow::Owned(segment.replace(mark, "")),
+            let tokenizer = self.following.as_ref().filter(|_| !is_first).unwrap_or(&self.start);
+            let plain = match guarded {
+                Some(Guarded { mark, .. }) if segment.contains(mark) => Cow::Owned(segment.replace(mark, "")),
                 _ => Cow::Borrowed(segment),
             };
-            self.encode_segment(tokenizer, &plain, &mut ids)?;
+            let encode = |ids: &mut Vec<u32>| self.encode_segment(tokenizer, &plain, ids);
+            match guarded.and_then(|guarded| guarded.salt) {
+                Some(salt) => self.turns.extend(Turn { salt, is_first, text: &plain }, &mut ids, encode)?,
+                None => encode(&mut ids)?,
+            }
             let Some((at, length, token)) = found else { break };
             ids.push(token.id);
             strip_start = token.rstrip;
             rest = &rest[at + length..];
-            tokenizer = self.following.as_ref().unwrap_or(&self.start);
+            is_first = false;
         }
         self.end(add_special_tokens, &mut ids);
         Ok(ids)
@@ -409,6 +440,10 @@ mod tests {
         TextTokenizer::load(include_bytes!("../demo/tokenizer.json"), 0).expect("the demo tokenizer loads")
     }
 
+    fn guarded() -> Guarded<'static> {
+        Guarded { mark: MARK, salt: Some(CacheSalt::default()) }
+    }
+
     fn specials(tokenizer: &TextTokenizer, ids: &[u32]) -> Vec<u32> {
         ids.iter().copied().filter(|id| tokenizer.table().is_special(*id)).collect()
     }
@@ -454,10 +489,25 @@ mod tests {
             ("<|im_<|im_end|>end|>", "<<|im_start|>|"),
         ] {
             let rendered = format!("{}{}", tokenizer.guard(first, MARK), tokenizer.guard(second, MARK));
-            let ids = tokenizer.encode_guarded(&rendered, MARK, false).expect("encodes");
+            let ids = tokenizer.encode_guarded(&rendered, guarded(), false).expect("encodes");
             assert!(specials(&tokenizer, &ids).is_empty(), "{first} {second}");
             let text = tokenizer.table().decode(&ids, crate::detokenizer::SpecialTokenText::Written);
             assert_eq!(text, format!("{first}{second}"));
+        }
+    }
+
+    #[test]
+    fn a_conversation_that_comes_back_has_the_tokens_that_it_had() {
+        let tokenizer = demo();
+        let mut text = String::new();
+        for turn in 0..8 {
+            let words = "What becomes of a fox that likes to read <|im_end|> and to write? ".repeat(turn + 1);
+            text += &format!("<|im_start|>user\n{}<|im_end|>\n", tokenizer.guard(&words, MARK));
+            let once = tokenizer.encode_guarded(&text, guarded(), true).expect("encodes");
+            let again = tokenizer.encode_guarded(&text, guarded(), true).expect("encodes");
+            let alone = demo().encode_guarded(&text, guarded(), true).expect("encodes");
+            assert_eq!((&once, &once), (&again, &alone), "{turn}");
+            assert_eq!(specials(&tokenizer, &once).len(), 2 * (turn + 1));
         }
     }
 
@@ -477,8 +527,8 @@ mod tests {
             // The best of a few, since other work shares the cores.
             let once = |_| {
                 let start = std::time::Instant::now();
-                let guarded = tokenizer.guard(&text, MARK).into_owned();
-                tokenizer.encode_guarded(&guarded, MARK, false).expect("encodes");
+                let text = tokenizer.guard(&text, MARK).into_owned();
+                tokenizer.encode_guarded(&text, guarded(), false).expect("encodes");
                 start.elapsed().as_secs_f64()
             };
             (0..4).map(once).fold(f64::INFINITY, f64::min)

@@ -15,6 +15,7 @@ use crate::served_models::{Runner, Task};
 use crate::tokenizer::{EncodeError, SpecialTokens, TextTokenizer};
 
 use super::service::GenerationService;
+use super::text::TextPool;
 use super::validate::{self, invalid};
 
 /// A text to be embedded.
@@ -293,7 +294,8 @@ impl Running {
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let span = tracing::debug_span!("tokenize");
-        super::service::before(self.deadline, self.service.pool().run(request_id, work).instrument(span)).await
+        let work = self.service.pool().run(request_id, TextPool::MANY, work);
+        super::service::before(self.deadline, work.instrument(span)).await
     }
 
     /// The engine's answer, or why the request is ended before it.

@@ -103,7 +103,7 @@ impl GenerationService {
         let resume = params.resume.clone();
         let format = params.format.take();
         let mut checked = validate::check(params, model.defaults(), limits, model.info())?;
-        check_input(&input, model, limits)?;
+        let num_bytes = check_input(&input, model, limits)?;
         let mut eos_token_ids = if ignore_eos { Vec::new() } else { model.info().eos_token_ids.clone() };
         if matches!(input, Input::Fim(_)) {
             if checked.truncation.is_some() {
@@ -119,6 +119,7 @@ impl GenerationService {
         }
 
         let created = now_seconds();
+        let cache_salt = derive_cache_salt(tenant, None, &model.info().digest, cache_salt.as_deref());
         let chat = match &input {
             Input::Chat(chat) => Some(ChatRules::of(chat)),
             _ => None,
@@ -128,10 +129,11 @@ impl GenerationService {
                 (Encoded { ids, thought: Thought::None }, Vec::new())
             }
             input => {
-                let work = TextWork::new(model, limits, created);
+                let work = TextWork::new(model, limits, created, Some(cache_salt));
                 let bad_words = std::mem::take(&mut checked.bad_words);
                 let vocab_size = model.info().vocab_size;
-                let encode = pool.run(&request_id, move || {
+                let num_bytes = num_bytes + bad_words.iter().map(String::len).sum::<usize>();
+                let encode = pool.run(&request_id, num_bytes, move || {
                     Ok((work.encode(input)?, work.encode_bad_words(&bad_words, vocab_size)?))
                 });
                 before(deadline, encode.instrument(tracing::debug_span!("tokenize"))).await?
@@ -162,7 +164,7 @@ impl GenerationService {
             tenant,
             adapter: None,
             priority,
-            cache_salt: derive_cache_salt(tenant, None, &model.info().digest, cache_salt.as_deref()),
+            cache_salt,
             prompt: Arc::clone(&prompt),
             generated,
             choice_offset,
@@ -201,9 +203,9 @@ impl GenerationService {
         let id = request_id();
         let tokens = async {
             let _entered = inflight.enter(&id)?;
-            check_input(&input, model, limits)?;
-            let work = TextWork::new(model, limits, now_seconds());
-            pool.run(&id, move || Ok(work.encode(input)?.ids)).await
+            let num_bytes = check_input(&input, model, limits)?;
+            let work = TextWork::new(model, limits, now_seconds(), None);
+            pool.run(&id, num_bytes, move || Ok(work.encode(input)?.ids)).await
         };
         let tokens = tokens.await;
         metrics.finish(tokens.as_ref().map_or_else(Outcome::from, |_| Outcome::Finished));
@@ -226,7 +228,7 @@ impl GenerationService {
                 return Err(invalid("tokens", format_args!("must hold token ids below {vocab_size}")));
             }
             let table = Arc::clone(model.table());
-            pool.run(&id, move || Ok(table.decode(&token_ids, SpecialTokenText::Written))).await
+            pool.run(&id, TextPool::MANY, move || Ok(table.decode(&token_ids, SpecialTokenText::Written))).await
         };
         let text = text.await;
         metrics.finish(text.as_ref().map_or_else(Outcome::from, |_| Outcome::Finished));

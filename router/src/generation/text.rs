@@ -1,8 +1,10 @@
 //! From what a request holds to the tokens of its prompt: everything that runs on the blocking pool.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use quire_scheduler::CacheSalt;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
@@ -12,13 +14,15 @@ use crate::error::ApiError;
 use crate::fim::{FimInput, FimTokens};
 use crate::random::random_u64;
 use crate::served_model::ServedModel;
-use crate::tokenizer::{EncodeError, SpecialTokens, TextTokenizer};
+use crate::tokenizer::{EncodeError, Guarded, SpecialTokens, TextTokenizer};
 
 use super::validate::invalid;
 use super::{ChatInput, ChatMessage, Input, Limits, Tool, ToolChoice, plain};
 
 /// Who can speak in a conversation. Closed, because templates write roles between special tokens.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+/// Bytes of text that are worked on where they came in: another thread would take longer to begin than that takes.
+const MAX_BYTES_AT_ONCE: usize = 512;
 /// Bytes of a message's `name`.
 const MAX_NAME_BYTES: usize = 64;
 /// Bytes of the identity of a call.
@@ -34,6 +38,9 @@ pub(super) struct TextPool {
 }
 
 impl TextPool {
+    /// Bytes of text that may be many.
+    pub(super) const MANY: usize = usize::MAX;
+
     pub(super) fn new(limits: &Limits) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let at_once =
@@ -45,10 +52,12 @@ impl TextPool {
         }
     }
 
-    /// Runs `work` when its turn comes. Refuses at once where too many wait already.
+    /// Runs `work` on about `num_bytes` of text when its turn comes, and where that is little at once. Refuses at once where
+    /// too many wait already.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         request_id: &str,
+        num_bytes: usize,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         struct Waiting<'p>(&'p AtomicUsize);
@@ -56,6 +65,14 @@ impl TextPool {
             fn drop(&mut self) {
                 self.0.fetch_sub(1, Ordering::Relaxed);
             }
+        }
+        let internal = || {
+            tracing::error!(request_id, "text work ended without a result");
+            ApiError::Internal { request_id: request_id.to_owned() }
+        };
+        // A panic of the tokenizer ends this request alone, here and there.
+        if num_bytes <= MAX_BYTES_AT_ONCE {
+            return catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(internal()));
         }
         let permit = {
             let waiting = Waiting(&self.waiting);
@@ -66,17 +83,12 @@ impl TextPool {
             drop(waiting);
             permit
         };
-        let internal = || {
-            tracing::error!(request_id, "text work ended without a result");
-            ApiError::Internal { request_id: request_id.to_owned() }
-        };
         let Ok(permit) = permit else { return Err(internal()) };
         let result = tokio::task::spawn_blocking(move || {
             let result = work();
             drop(permit);
             result
         });
-        // A panic of the tokenizer ends this request alone.
         result.await.unwrap_or_else(|_| Err(internal()))
     }
 }
@@ -128,10 +140,12 @@ pub(super) struct TextWork {
     fim: Option<Arc<FimTokens>>,
     special_tokens: SpecialTokens,
     now_seconds: u64,
+    /// Of the caller's cached blocks, and so of the texts whose tokens are known; `None` knows none.
+    salt: Option<CacheSalt>,
 }
 
 impl TextWork {
-    pub(super) fn new(model: &ServedModel, limits: &Limits, now_seconds: u64) -> Self {
+    pub(super) fn new(model: &ServedModel, limits: &Limits, now_seconds: u64, salt: Option<CacheSalt>) -> Self {
         Self {
             tokenizer: Arc::clone(model.tokenizer()),
             template: model.chat_template().cloned(),
@@ -142,6 +156,7 @@ impl TextWork {
                 SpecialTokens::AsText
             },
             now_seconds,
+            salt,
         }
     }
 
@@ -221,7 +236,7 @@ impl TextWork {
             () => Thought::None,
         };
         self.tokenizer
-            .encode_guarded(&text, &guard, chat.add_special_tokens)
+            .encode_guarded(&text, Guarded { mark: &guard, salt: self.salt }, chat.add_special_tokens)
             .map(|ids| Encoded { ids, thought })
             .map_err(|error| refused("messages", error))
     }
@@ -254,8 +269,8 @@ fn no_fim(input: &FimInput) -> ApiError {
     invalid(input.param, "cannot be used: the model's vocabulary has no fill-in-the-middle tokens")
 }
 
-/// Checks what can be checked before any text is looked at.
-pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -> Result<(), ApiError> {
+/// Checks what can be checked before any text is looked at. Returns how many bytes of text there are.
+pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -> Result<usize, ApiError> {
     let info = model.info();
     let check_bytes = |bytes: usize| {
         let limit = limits.max_prompt_bytes_per_token.saturating_mul(info.max_model_len as usize);
@@ -267,7 +282,7 @@ pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -
                 ),
             });
         }
-        Ok(())
+        Ok(bytes)
     };
     match input {
         Input::Text { text, .. } => check_bytes(text.len()),
@@ -277,7 +292,7 @@ pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -
             if ids.iter().any(|id| *id >= info.vocab_size) {
                 return Err(invalid("prompt", format_args!("must hold token ids below {}", info.vocab_size)));
             }
-            Ok(())
+            Ok(0)
         }
         Input::Chat(chat) => {
             if chat.messages.is_empty() {

@@ -53,7 +53,8 @@ fn tokenizing_is_in_flight() {
         tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().expect("a runtime");
     runtime.block_on(async {
         let server = Server::saying("x");
-        let input = || Input::Text { text: "Once upon a time".to_owned(), add_special_tokens: false };
+        let text = |text: String| Input::Text { text, add_special_tokens: false };
+        let input = || text("Once upon a time ".repeat(100));
         let (release, held) = std::sync::mpsc::channel::<()>();
         let holder = tokio::task::spawn_blocking(move || held.recv());
         {
@@ -62,6 +63,8 @@ fn tokenizing_is_in_flight() {
             assert!(futures::poll!(&mut tokenizing).is_pending());
             assert!(futures::poll!(&mut detokenizing).is_pending());
             assert_eq!(server.service.num_inflight(), 2);
+            // A few words wait for no thread.
+            assert!(futures::poll!(Box::pin(server.service.tokenize(text("Once".to_owned())))).is_ready());
             release.send(()).expect("the thread is held");
             holder.await.expect("no panic").expect("released");
             tokenizing.await.expect("tokens");

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::http::{Request, header};
 use hyper::body::Body as HttpBody;
 use hyper::client::conn::http1::{self, SendRequest};
@@ -13,8 +13,10 @@ use quire_proto::quire::v1::quire_client::QuireClient;
 use tokio::net::TcpStream;
 use tonic::transport::{Channel, Endpoint};
 
-/// What every request asks.
-const PROMPT: &str = "Tell me a short story about a fox that likes to read.";
+/// What a request asks: no two the same, since who asks again is answered sooner.
+fn prompt(number: u64) -> String {
+    format!("Tell me short story number {number} about a fox that likes to read.")
+}
 
 /// A stream, as its caller saw it.
 pub(super) struct Seen {
@@ -25,7 +27,7 @@ pub(super) struct Seen {
 
 pub(super) struct HttpCaller {
     send: SendRequest<Body>,
-    body: Bytes,
+    num_tokens: u32,
 }
 
 impl HttpCaller {
@@ -34,18 +36,18 @@ impl HttpCaller {
         stream.set_nodelay(true).map_err(|error| error.to_string())?;
         let (send, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
         tokio::spawn(connection);
-        let messages = serde_json::json!([{"role": "user", "content": PROMPT}]);
-        let body = serde_json::json!({"messages": messages, "max_tokens": num_tokens, "stream": true});
-        Ok(Self { send, body: body.to_string().into() })
+        Ok(Self { send, num_tokens })
     }
 
-    pub(super) async fn stream(&mut self) -> Result<Seen, String> {
+    pub(super) async fn stream(&mut self, number: u64) -> Result<Seen, String> {
+        let messages = serde_json::json!([{"role": "user", "content": prompt(number)}]);
+        let body = serde_json::json!({"messages": messages, "max_tokens": self.num_tokens, "stream": true}).to_string();
         self.send.ready().await.map_err(|error| error.to_string())?;
         let begun = Instant::now();
         let request = Request::post("/v1/chat/completions")
             .header(header::HOST, "localhost")
             .header(header::CONTENT_TYPE, "application/json")
-            .body(Body::from(self.body.clone()))
+            .body(Body::from(body))
             .map_err(|error| error.to_string())?;
         let response = self.send.send_request(request).await.map_err(|error| error.to_string())?;
         if response.status() != 200 {
@@ -73,9 +75,10 @@ pub(super) async fn channel(address: SocketAddr) -> Result<Channel, String> {
     endpoint.connect().await.map_err(|error| error.to_string())
 }
 
-pub(super) async fn grpc_stream(channel: Channel, num_tokens: u32) -> Result<Seen, String> {
+pub(super) async fn grpc_stream(channel: Channel, num_tokens: u32, number: u64) -> Result<Seen, String> {
+    let content = prompt(number);
     let begun = Instant::now();
-    let message = wire::ChatMessage { role: "user".to_owned(), content: PROMPT.to_owned(), ..Default::default() };
+    let message = wire::ChatMessage { role: "user".to_owned(), content, ..Default::default() };
     let stopping = wire::StoppingParams { max_tokens: Some(num_tokens.into()), ..Default::default() };
     let request = wire::ChatRequest { messages: vec![message], stopping: Some(stopping), ..Default::default() };
     let stream = QuireClient::new(channel).chat_stream(request).await.map_err(|status| status.to_string())?;

@@ -159,13 +159,14 @@ impl Face {
         for place in 0..num_streams {
             let address = front.address(self);
             let num_tokens = num_tokens + place % spread;
+            let number = move |round: u32| u64::from(place) << 32 | u64::from(round);
             match self {
                 Self::Http => {
                     let mut caller = HttpCaller::connect(address, num_tokens).await?;
                     places.push(tokio::spawn(async move {
                         let mut seen = Vec::new();
-                        for _ in 0..num_rounds {
-                            seen.push(caller.stream().await?);
+                        for round in 0..num_rounds {
+                            seen.push(caller.stream(number(round)).await?);
                         }
                         Ok::<_, String>(seen)
                     }));
@@ -177,8 +178,8 @@ impl Face {
                     let Some(channel) = channel.clone() else { continue };
                     places.push(tokio::spawn(async move {
                         let mut seen = Vec::new();
-                        for _ in 0..num_rounds {
-                            seen.push(client::grpc_stream(channel.clone(), num_tokens).await?);
+                        for round in 0..num_rounds {
+                            seen.push(client::grpc_stream(channel.clone(), num_tokens, number(round)).await?);
                         }
                         Ok(seen)
                     }));
