@@ -12,7 +12,7 @@ use crate::bench::Bench;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Serve { file: Option<PathBuf>, flags: Vec<Flag>, print_config: bool },
-    Bench(Bench),
+    Bench(Box<Bench>),
 }
 
 /// Flags of their own for the keys that are set most: name, key, name of the value, help.
@@ -133,7 +133,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     let mut command = command();
     let matches = command.try_get_matches_from_mut(args)?;
     let read = match matches.subcommand() {
-        Some(("bench", bench)) => Bench::read(bench, read_settings).map(Command::Bench),
+        Some(("bench", bench)) => Bench::read(bench, read_settings).map(|bench| Command::Bench(Box::new(bench))),
         Some((_, serve)) => read_settings(serve).map(|(file, flags)| Command::Serve {
             file,
             flags,

@@ -280,6 +280,21 @@ async fn a_response_calls_what_must_be_called() {
 }
 
 #[tokio::test]
+async fn only_allowed_tools_are_called() {
+    let server = Server::speaking(FakeExecutor::new(VOCAB), ToolParserChoice::Hermes, ReasoningParserChoice::None);
+    for seed in 0..4 {
+        let allowed =
+            json!({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "time"}]});
+        let body = json!({"input": "Hi", "tools": tools(), "seed": seed, "max_output_tokens": 200,
+            "tool_choice": allowed, "parallel_tool_calls": false});
+        let response = server.post("/v1/responses", &body).await.json();
+        assert_eq!((&response["tools"], &response["tool_choice"]), (&tools(), &allowed));
+        let names = response["output"].as_array().expect("items").iter().filter(|item| item["type"] == "function_call");
+        assert!(names.into_iter().all(|item| item["name"] == "time"), "{response}");
+    }
+}
+
+#[tokio::test]
 async fn responses_are_refused_by_the_name_of_the_place() {
     let server = Server::saying(SAID);
     let secret = "a very private sentence";
@@ -292,8 +307,14 @@ async fn responses_are_refused_by_the_name_of_the_place() {
         (json!({"tools": tools(), "tool_choice": {"type": "function", "name": "x"}}), "tool_choice"),
         (
             json!({"tools": tools(), "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}),
-            "tool_choice",
+            "tool_choice.tools",
         ),
+        (
+            json!({"tools": tools(), "tool_choice": {"type": "allowed_tools", "mode": "auto",
+                "tools": [{"type": "function", "name": "private"}]}}),
+            "tool_choice.tools[0].name",
+        ),
+        (json!({"tools": tools(), "tool_choice": {"type": "allowed_tools", "tools": []}}), "tool_choice.mode"),
         (json!({"input": [{"type": "item_reference", "id": secret}]}), "input[0].type"),
         (json!({"input": [{"type": "function_call", "name": "f"}]}), "input[0].call_id"),
         (json!({"input": [{"type": "function_call", "name": secret, "call_id": "1"}]}), "input[0].name"),

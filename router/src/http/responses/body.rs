@@ -169,7 +169,7 @@ fn tools(
     }
     if let Some(raw) = fields.raw("tool_choice") {
         said_choice = serde_json::from_str(raw.get()).unwrap_or_default();
-        input.tool_choice = tool_choice(raw)?;
+        input.tool_choice = tool_choice(raw, &mut input.tools, limits)?;
         if input.tools.is_empty() && !matches!(input.tool_choice, ToolChoice::None | ToolChoice::Auto) {
             return Err(invalid("tool_choice", "needs `tools`"));
         }
@@ -188,22 +188,50 @@ fn tool(raw: &RawValue, index: usize, ignored: &mut Ignored) -> Result<Tool, Api
     Ok(tool)
 }
 
-fn tool_choice(raw: &RawValue) -> Result<ToolChoice, ApiError> {
+/// `tools` keeps those that may be called.
+fn tool_choice(raw: &RawValue, tools: &mut Vec<Tool>, limits: &Limits) -> Result<ToolChoice, ApiError> {
     match raw.get() {
         "\"none\"" => return Ok(ToolChoice::None),
         "\"auto\"" => return Ok(ToolChoice::Auto),
         "\"required\"" => return Ok(ToolChoice::Required),
         text if text.starts_with('{') => {
             let mut choice = Fields::of_value(raw, "tool_choice")?;
-            if choice.string("type")?.as_deref() == Some("function")
-                && let Some(name) = choice.string("name")?
-            {
-                return Ok(ToolChoice::Named(name));
+            match choice.string("type")?.as_deref() {
+                Some("function") => {
+                    if let Some(name) = choice.string("name")? {
+                        return Ok(ToolChoice::Named(name));
+                    }
+                }
+                Some("allowed_tools") => return allowed_tools(&mut choice, tools, limits),
+                _ => {}
             }
         }
         _ => {}
     }
-    Err(invalid("tool_choice", "must be `none`, `auto`, `required`, or an object of type `function` with a name"))
+    let must = "must be `none`, `auto`, `required`, or an object of type `function` with a name or `allowed_tools`";
+    Err(invalid("tool_choice", must))
+}
+
+/// Some of the tools may be called, the others are as if they were not there.
+fn allowed_tools(choice: &mut Fields<'_>, tools: &mut Vec<Tool>, limits: &Limits) -> Result<ToolChoice, ApiError> {
+    let mode = match choice.string("mode")?.as_deref() {
+        Some("auto") => ToolChoice::Auto,
+        Some("required") => ToolChoice::Required,
+        _ => return Err(invalid("tool_choice.mode", "must be `auto` or `required`")),
+    };
+    let Some(raw) = choice.raw("tools") else { return Err(invalid("tool_choice.tools", "is needed")) };
+    let mut allowed = Vec::new();
+    for (index, raw) in raw_list(raw, "tool_choice.tools", limits.max_tools)?.into_iter().enumerate() {
+        let mut tool = Fields::of_value(raw, &format!("tool_choice.tools[{index}]"))?;
+        let is_function = tool.string("type")?.as_deref() == Some("function");
+        let name = tool.string("name")?.filter(|name| is_function && tools.iter().any(|tool| tool.name == *name));
+        allowed.push(name.ok_or_else(|| invalid(&tool.name("name"), "must be that of a function in `tools`"))?);
+    }
+    if allowed.is_empty() {
+        return Err(invalid("tool_choice.tools", "must not be empty"));
+    }
+    tools.retain(|tool| allowed.contains(&tool.name));
+    Ok(mode)
 }
 
 /// Notes what nobody asked for, under one name for all entries of a list.
