@@ -165,13 +165,34 @@ impl Choice {
         if was_reasoning || parser.is_reasoning() {
             self.num_reasoning_tokens += tokens.len() as u32;
         }
-        if is_last {
-            parser.finish(&mut self.parts);
+        self.say_parts(answer, false, &mut tokens, emit);
+        if is_last && !self.finished {
+            if let Some(parser) = &mut self.parser {
+                parser.finish(&mut self.parts);
+            }
+            self.say_parts(answer, true, &mut tokens, emit);
         }
+        if !tokens.is_empty() {
+            emit(GenerationEvent::Delta { choice_index, text: String::new(), tokens });
+        }
+        if self.finished {
+            emit(GenerationEvent::ChoiceFinished { choice_index, cause: StopCause::ToolCalls });
+        }
+    }
+
+    /// Says what the parser made of a text, or of its end.
+    fn say_parts(
+        &mut self,
+        answer: &AnswerRules,
+        is_end: bool,
+        tokens: &mut Vec<TokenInfo>,
+        emit: &mut impl FnMut(GenerationEvent),
+    ) {
+        let choice_index = self.index;
         for part in self.parts.drain() {
             match part {
                 Part::Content(text) => {
-                    emit(GenerationEvent::Delta { choice_index, text, tokens: std::mem::take(&mut tokens) });
+                    emit(GenerationEvent::Delta { choice_index, text, tokens: std::mem::take(tokens) });
                 }
                 Part::Reasoning(text) if answer.include_reasoning => {
                     emit(GenerationEvent::Reasoning { choice_index, text });
@@ -195,10 +216,10 @@ impl Choice {
                     let Some(call) = self.open_call.take() else { continue };
                     let call_index = self.num_calls;
                     self.num_calls += 1;
-                    // One that was cut off is not what was asked for: its end is that of the choice.
-                    let is_whole = serde_json::from_str::<serde::de::IgnoredAny>(&call.arguments).is_ok();
+                    // One that the end cut off is not what was asked for: its end is that of the choice.
+                    let is_cut_off = is_end && serde_json::from_str::<serde::de::IgnoredAny>(&call.arguments).is_err();
                     emit(GenerationEvent::ToolCall { choice_index, call_index, call, in_pieces: true });
-                    if is_whole && !answer.parallel_tool_calls {
+                    if !is_cut_off && !answer.parallel_tool_calls {
                         self.finished = true;
                         break;
                     }
@@ -215,12 +236,6 @@ impl Choice {
                     }
                 }
             }
-        }
-        if !tokens.is_empty() {
-            emit(GenerationEvent::Delta { choice_index, text: String::new(), tokens });
-        }
-        if self.finished {
-            emit(GenerationEvent::ChoiceFinished { choice_index, cause: StopCause::ToolCalls });
         }
     }
 

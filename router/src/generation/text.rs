@@ -23,6 +23,8 @@ use super::{ChatInput, ChatMessage, Input, Limits, Tool, ToolChoice, plain};
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 /// Bytes of text that are worked on where they came in: another thread would take longer to begin than that takes.
 const MAX_BYTES_AT_ONCE: usize = 512;
+/// Bytes of text that a message takes the time of, beside its own.
+const BYTES_OF_MESSAGE: usize = 64;
 /// Bytes of a message's `name`.
 const MAX_NAME_BYTES: usize = 64;
 /// Bytes of the identity of a call.
@@ -269,7 +271,7 @@ fn no_fim(input: &FimInput) -> ApiError {
     invalid(input.param, "cannot be used: the model's vocabulary has no fill-in-the-middle tokens")
 }
 
-/// Checks what can be checked before any text is looked at. Returns how many bytes of text there are.
+/// Checks what can be checked before any text is looked at. Returns how much work it is, in bytes of text.
 pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -> Result<usize, ApiError> {
     let info = model.info();
     let check_bytes = |bytes: usize| {
@@ -329,7 +331,16 @@ pub(super) fn check_input(input: &Input, model: &ServedModel, limits: &Limits) -
             };
             let tools = chat.offered_tools().iter().map(of_tool).sum::<usize>();
             let documents = chat.documents.iter().map(|document| document.to_string().len()).sum::<usize>();
-            check_bytes(chat.messages.iter().map(of_message).sum::<usize>() + tools + documents)
+            let num_bytes = check_bytes(chat.messages.iter().map(of_message).sum::<usize>() + tools + documents)?;
+            // What the template writes for each message, and the names in it, are work too.
+            let of_names = |message: &ChatMessage| {
+                let calls = message.tool_calls.iter().map(|call| call.id.len()).sum::<usize>();
+                message.name.as_ref().map_or(0, String::len)
+                    + message.tool_call_id.as_ref().map_or(0, String::len)
+                    + calls
+            };
+            let names = chat.messages.iter().map(of_names).sum::<usize>();
+            Ok(num_bytes + names + BYTES_OF_MESSAGE * chat.messages.len())
         }
     }
 }

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use llguidance::Matcher;
 use quire_engine::{Grammar, NotAllowed, TokenConstraint};
 
+use super::warm::Start;
+
 /// A grammar over one model's tokens.
 pub struct CompiledGrammar {
     /// At the beginning. Each choice gets a copy with caches of its own, so that what it may do and what that costs never
     /// depends on others that obey the same grammar.
-    start: Matcher,
+    start: Start,
     eos_token_ids: Arc<[u32]>,
 }
 
@@ -22,14 +24,19 @@ impl fmt::Debug for CompiledGrammar {
 }
 
 impl CompiledGrammar {
-    pub(super) fn new(start: Matcher, eos_token_ids: Arc<[u32]>) -> Self {
+    pub(super) fn new(start: Start, eos_token_ids: Arc<[u32]>) -> Self {
         Self { start, eos_token_ids }
+    }
+
+    /// About what it takes beside what its text says.
+    pub(super) fn num_bytes(&self) -> usize {
+        self.start.num_bytes
     }
 }
 
 impl Grammar for CompiledGrammar {
     fn begin(&self) -> Box<dyn TokenConstraint> {
-        let (matcher, eos_token_ids) = (self.start.deep_clone(), Arc::clone(&self.eos_token_ids));
+        let (matcher, eos_token_ids) = (self.start.matcher.deep_clone(), Arc::clone(&self.eos_token_ids));
         Box::new(Follower { matcher, eos_token_ids, has_ended: false })
     }
 }

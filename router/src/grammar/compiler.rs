@@ -49,7 +49,7 @@ pub struct GrammarLimits {
     pub step_items: usize,
     /// States of one choice's automaton, some hundred bytes each.
     pub max_automaton_states: usize,
-    /// Bytes of compiled grammars that are kept for later requests, estimated from their text.
+    /// Bytes of compiled grammars that are kept for later requests, estimated from their text and their automata.
     pub cache_bytes: usize,
 }
 
@@ -236,7 +236,9 @@ impl Grammars {
         let job = move || {
             let compiled = compile(&vocabulary, source).map_err(|error| error.about(at_fault));
             // Kept though nobody may wait for it any more: it was paid for.
-            shared.cache().put(key, compiled.clone(), 64 * (text.len() + 1024), shared.limits.cache_bytes);
+            let automaton = compiled.as_ref().map_or(0, |grammar| grammar.num_bytes());
+            let num_bytes = 64 * (text.len() + 1024) + automaton;
+            shared.cache().put(key, compiled.clone(), num_bytes, shared.limits.cache_bytes);
             drop(permit);
             let _ = reply.send(compiled);
         };
@@ -255,14 +257,16 @@ impl Grammars {
 
 fn compile(vocabulary: &Vocabulary, source: GrammarSource) -> Compiled {
     let parser = vocabulary.factory().create_parser(source.into_grammar());
-    let mut matcher = Matcher::new(parser);
+    let parser = parser.map_err(|error| GrammarError::of_compiler(&error.to_string()))?;
+    let mut matcher = Matcher::new(Ok(parser.deep_clone()));
     if let Some(why) = matcher.get_error() {
         return Err(GrammarError::of_compiler(&why));
     }
     // What cannot begin cannot be enforced; and the first mask, which all choices begin with, is computed here.
     match matcher.compute_mask() {
         Ok(_) => {
-            Ok(Arc::new(CompiledGrammar::new(warmed(matcher, vocabulary), Arc::clone(vocabulary.eos_token_ids()))))
+            let start = warmed(matcher, parser, vocabulary);
+            Ok(Arc::new(CompiledGrammar::new(start, Arc::clone(vocabulary.eos_token_ids()))))
         }
         Err(_) => Err(match matcher.stop_reason() {
             StopReason::LexerTooComplex | StopReason::ParserTooComplex => {

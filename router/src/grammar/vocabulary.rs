@@ -17,6 +17,7 @@ pub struct Vocabulary {
     eos_token_ids: Arc<[u32]>,
     /// Tokens that end what a structured output may be within.
     closing: Vec<u32>,
+    max_automaton_states: usize,
 }
 
 impl Vocabulary {
@@ -47,31 +48,41 @@ impl Vocabulary {
         let slices = SlicedBiasComputer::general_slices();
         let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices).ok()?;
         factory.quiet();
+        let max_automaton_states = limits.max_lexer_states;
         *factory.limits_mut() = limits;
-        Some(Self { factory, eos_token_ids, closing })
+        Some(Self { factory, eos_token_ids, closing, max_automaton_states })
     }
 
     pub(super) fn factory(&self) -> &ParserFactory {
         &self.factory
     }
 
-    /// A token of `mask` that does not end the output: any of them, or in every fourth step one that closes something where
-    /// there is one. `None` where only the end is allowed.
+    /// A token of `mask` that does not end the output: the first behind a random one, or in every fourth step one that closes
+    /// something where there is one. `None` where only the end is allowed.
     pub(super) fn step_of_walk(&self, mask: &SimpleVob, step: usize, random: u64) -> Option<u32> {
         if step % 4 == 3
             && let Some(closing) = self.closing.iter().find(|id| mask.is_allowed(**id))
         {
             return Some(*closing);
         }
-        let is_end = |id: &u32| self.eos_token_ids.contains(id);
-        let num_allowed = mask.num_set() - self.eos_token_ids.iter().filter(|id| mask.is_allowed(**id)).count();
-        let chosen = (random >> 32) as usize % num_allowed.max(1);
-        mask.iter().filter(|id| !is_end(id)).nth(chosen)
+        let words = mask.as_slice();
+        let first = (random >> 32) as usize % words.len().max(1);
+        let places = (first..words.len()).chain(0..first).filter(|place| words[*place] != 0);
+        let ids = places.flat_map(|place| {
+            (0..32).filter(move |bit| words[place] >> bit & 1 == 1).map(move |bit| (32 * place + bit) as u32)
+        });
+        ids.into_iter().find(|id| !self.eos_token_ids.contains(id))
+    }
+
+    /// States that the automaton of one choice may have.
+    pub(super) fn max_automaton_states(&self) -> usize {
+        self.max_automaton_states
     }
 
     #[cfg(test)]
     pub(super) fn limit(&mut self, set: impl FnOnce(&mut ParserLimits)) {
         set(self.factory.limits_mut());
+        self.max_automaton_states = self.factory.limits_mut().max_lexer_states;
     }
 
     pub(super) fn eos_token_ids(&self) -> &Arc<[u32]> {

@@ -188,6 +188,18 @@ async fn where_only_one_call_is_wanted_the_first_ends_the_answer() {
 }
 
 #[tokio::test]
+async fn a_call_that_is_closed_and_no_json_is_the_one_call_too() {
+    let broken = "<tool_call>{\"name\": \"time\", \"arguments\": {\"zone\": tru}}</tool_call>";
+    let server = Server::saying(&format!("{broken}{broken}"));
+    let body = with(chat("Go"), json!({"tools": tools(), "parallel_tool_calls": false}));
+    let answer = server.post("/v1/chat/completions", &body).await.json();
+    let calls = answer["choices"][0]["message"]["tool_calls"].as_array().expect("calls");
+    assert_eq!(calls.len(), 1, "{answer}");
+    assert_eq!(calls[0]["function"]["arguments"], "{\"zone\": tru}");
+    server.idle().await;
+}
+
+#[tokio::test]
 async fn calls_that_must_be_made_are_made() {
     use ToolParserChoice as T;
     for dialect in [T::Hermes, T::Llama3Json, T::Pythonic, T::Mistral, T::DeepseekV3, T::Qwen3Coder, T::Harmony] {
