@@ -79,6 +79,14 @@ impl Vocabulary {
         self.max_automaton_states
     }
 
+    /// The demo model's, with the budgets that a server has.
+    #[cfg(test)]
+    pub(super) fn of_demo() -> Self {
+        let tokenizer = crate::tokenizer::TextTokenizer::load(include_bytes!("../../demo/tokenizer.json"), 0).unwrap();
+        let (table, limits) = (tokenizer.table(), super::GrammarLimits::default().parser_limits());
+        Self::new(table, table.len() as u32, &[2], limits).unwrap()
+    }
+
     #[cfg(test)]
     pub(super) fn limit(&mut self, set: impl FnOnce(&mut ParserLimits)) {
         set(self.factory.limits_mut());

@@ -66,27 +66,12 @@ fn walk(walker: &mut TokenParser, vocabulary: &Vocabulary) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    use quire_engine::ModelSource;
-
     use super::*;
-    use crate::demo;
-    use crate::generation::Limits;
     use crate::grammar::{GrammarLimits, GrammarSource, OutputFormat};
-    use crate::served_model::TextSide;
-    use crate::tokenizer::TextTokenizer;
-
-    const END: u32 = 2;
-
-    fn vocabulary() -> Vocabulary {
-        let text = TextSide::load(&ModelSource::Embedded(&demo::MODEL), &Limits::default()).unwrap();
-        let tokenizer = TextTokenizer::load(include_bytes!("../../demo/tokenizer.json"), 0).unwrap();
-        let limits = GrammarLimits::default().parser_limits();
-        Vocabulary::new(tokenizer.table(), text.num_tokens(), &[END], limits).unwrap()
-    }
 
     #[test]
     fn a_grammar_allows_the_same_after_its_walks_and_builds_less() {
-        let vocabulary = vocabulary();
+        let vocabulary = Vocabulary::of_demo();
         let person = r#"{"type":"object","properties":{"name":{"type":"string","maxLength":30},"age":{"type":"integer"},
             "tags":{"type":"array","items":{"enum":["a","bc"]}}},"required":["name","age","tags"]}"#;
         for format in [
@@ -122,7 +107,7 @@ mod tests {
 
     #[test]
     fn walks_that_meet_a_limit_leave_no_trace() {
-        let mut vocabulary = vocabulary();
+        let mut vocabulary = Vocabulary::of_demo();
         let start = |vocabulary: &Vocabulary| {
             let source = GrammarSource::Lark("start: /[a-z]{1,40}( [0-9]{1,40}){0,30}/".to_owned());
             let parser = vocabulary.factory().create_parser(source.into_grammar()).unwrap();
