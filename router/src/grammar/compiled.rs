@@ -131,7 +131,9 @@ mod tests {
             path.iter().for_each(|token_id| resumed.advance(*token_id).unwrap());
             assert_eq!(cost_of_mask(&mut resumed), (cost, mask.clone()), "{step}");
             random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-            let allowed = SimpleVob::from_slice(&(0..32 * num_words).map(|id| mask[id / 32] >> (id % 32) & 1 == 1).collect::<Vec<_>>());
+            let allowed = SimpleVob::from_slice(
+                &(0..32 * num_words).map(|id| mask[id / 32] >> (id % 32) & 1 == 1).collect::<Vec<_>>(),
+            );
             let Some(token_id) = vocabulary.step_of_walk(&allowed, step + 1, random) else { break };
             running.advance(token_id).unwrap();
             path.push(token_id);

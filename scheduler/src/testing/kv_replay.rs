@@ -1,6 +1,6 @@
 //! What a listener makes of the prefix cache's events, and whether it is true.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use crate::{BlockHash, KvBlock, KvEvent, KvEvents, Request, Scheduler, ShortHash};
 
@@ -11,12 +11,12 @@ pub(super) struct KvReplay {
     /// What can be hit, by group and hash.
     held: BTreeMap<(u32, ShortHash), (KvBlock, Vec<u32>)>,
     /// Of all chains' beginnings and all blocks that were ever stored.
-    whole: HashMap<ShortHash, BlockHash>,
+    whole: BTreeMap<ShortHash, BlockHash>,
 }
 
 impl KvReplay {
     pub(super) fn new(block_size: u32) -> Self {
-        Self { block_size: block_size as usize, held: BTreeMap::new(), whole: HashMap::new() }
+        Self { block_size: block_size as usize, held: BTreeMap::new(), whole: BTreeMap::new() }
     }
 
     /// Blocks of this request may come.
