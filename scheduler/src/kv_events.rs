@@ -21,7 +21,8 @@ pub struct KvBlock {
     pub group: u32,
     /// Of its tokens and all before them, from the first on.
     pub hash: ShortHash,
-    /// Of the block before it; `None` for a sequence's first.
+    /// Of the block before it; `None` for a sequence's first. In a group with a window that block can have left before it could
+    /// be hit, and then was never stored.
     pub parent: Option<ShortHash>,
     /// What separates it from equal tokens of others: see [`BlockHash::root`].
     pub root: ShortHash,

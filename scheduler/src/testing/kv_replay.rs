@@ -2,21 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use crate::{BlockHash, KvBlock, KvEvent, KvEvents, Request, Scheduler, ShortHash};
+use crate::{BlockHash, KvBlock, KvEvent, KvEvents, KvGroupKind, Request, Scheduler, SchedulerConfig, ShortHash};
 
 /// A listener who believes nothing: each block's hash is computed again from its tokens and its parent's whole hash.
 #[derive(Debug)]
 pub(super) struct KvReplay {
     block_size: usize,
+    /// Of each group, whether it keeps a window only: a block can leave that before it could be hit, so that no listener
+    /// hears of it, and its children come without it.
+    is_windowed: Vec<bool>,
     /// What can be hit, by group and hash.
     held: BTreeMap<(u32, ShortHash), (KvBlock, Vec<u32>)>,
-    /// Of all chains' beginnings and all blocks that were ever stored.
+    /// Of all chains' beginnings and all blocks that were ever stored behind others that were.
     whole: BTreeMap<ShortHash, BlockHash>,
 }
 
 impl KvReplay {
-    pub(super) fn new(block_size: u32) -> Self {
-        Self { block_size: block_size as usize, held: BTreeMap::new(), whole: BTreeMap::new() }
+    pub(super) fn new(config: &SchedulerConfig) -> Self {
+        let is_windowed = config.kv_groups.iter().map(|group| matches!(group.kind, KvGroupKind::SlidingWindow { .. }));
+        let (held, whole) = (BTreeMap::new(), BTreeMap::new());
+        Self { block_size: config.block_size as usize, is_windowed: is_windowed.collect(), held, whole }
     }
 
     /// Blocks of this request may come.
@@ -33,7 +38,8 @@ impl KvReplay {
         }
         let all = scheduler.kv_blocks();
         assert_eq!(all.events[0], KvEvent::Cleared);
-        let mut fresh = Self { block_size: self.block_size, held: BTreeMap::new(), whole: self.whole.clone() };
+        let (is_windowed, whole) = (self.is_windowed.clone(), self.whole.clone());
+        let mut fresh = Self { block_size: self.block_size, is_windowed, held: BTreeMap::new(), whole };
         fresh.take(&all);
         assert_eq!(self.held, fresh.held);
         let mut seen = std::collections::BTreeSet::new();
@@ -53,10 +59,14 @@ impl KvReplay {
             match *event {
                 KvEvent::Stored(block) => {
                     let token_ids = token_ids.next().expect("a stored block has tokens");
-                    let before = self.whole.get(&block.parent.unwrap_or(block.root)).expect("parents come first");
-                    let hash = before.child([token_ids, &[]]);
-                    assert_eq!(hash.short(), block.hash, "the tokens are not the block's");
-                    self.whole.insert(block.hash, hash);
+                    match self.whole.get(&block.parent.unwrap_or(block.root)) {
+                        Some(before) => {
+                            let hash = before.child([token_ids, &[]]);
+                            assert_eq!(hash.short(), block.hash, "the tokens are not the block's");
+                            self.whole.insert(block.hash, hash);
+                        }
+                        None => assert!(self.is_windowed[block.group as usize], "parents come first"),
+                    }
                     let held = self.held.insert((block.group, block.hash), (block, token_ids.to_vec()));
                     assert_eq!(held, None, "stored twice");
                 }

@@ -138,7 +138,7 @@ pub fn simulate(simulation: &Simulation) -> Report {
     let mut run = Run {
         simulation,
         scheduler: Scheduler::new(config.clone()).expect("the configuration works"),
-        replay: config.kv_events.then(|| KvReplay::new(config.block_size)),
+        replay: config.kv_events.then(|| KvReplay::new(config)),
         requests: BTreeMap::new(),
         choices: BTreeMap::new(),
         num_open: 0,
