@@ -36,11 +36,18 @@ assert list(messages[-1].complete.output_ids) == streamed and messages[-1].compl
 request.stream = False
 (whole,) = engine.Generate(request)
 assert list(whole.complete.output_ids) == streamed
-for call in [lambda: engine.Embed(pb.EmbedRequest()), lambda: engine.FlushCache(common_pb2.FlushCacheRequest())]:
+# What it cannot do, and what it was not told to do: blocks carry prompts.
+refusals = [
+    (lambda: engine.Embed(pb.EmbedRequest()), ""),
+    (lambda: next(engine.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest())), "scheduler.kv_events"),
+]
+for call, named in refusals:
     try:
         call()
         raise AssertionError("it was served")
     except grpc.RpcError as error:
-        assert error.code() == grpc.StatusCode.UNIMPLEMENTED, error
+        assert error.code() == grpc.StatusCode.UNIMPLEMENTED and named in error.details(), error
+flushed = engine.FlushCache(common_pb2.FlushCacheRequest(timeout_s=5.0))
+assert flushed.success and flushed.message.startswith("dropped"), flushed
 channel.close()  # here, and not while the interpreter ends
 print("smg-grpc-proto", importlib.metadata.version("smg-grpc-proto"), "fine")
