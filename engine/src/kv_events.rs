@@ -75,7 +75,7 @@ struct Kept {
 }
 
 /// All blocks at a step boundary, and the number of the last batch before it.
-pub(crate) type AllBlocks = (KvEvents, u64);
+pub(crate) type AllBlocks = (Arc<KvEvents>, u64);
 
 impl KvEventHub {
     pub(crate) fn new() -> Self {

@@ -84,6 +84,8 @@ struct Shared {
 struct Queues {
     waiting: VecDeque<Job>,
     done: Vec<Job>,
+    /// Someone waits for the next of `done`.
+    is_awaited: bool,
     is_closing: bool,
 }
 
@@ -211,7 +213,10 @@ impl Masks {
                 let own = if self.threads.is_empty() { queues.waiting.pop_front() } else { None };
                 queues = match own {
                     Some(job) => self.shared.compute(queues, job),
-                    None => self.shared.has_result.wait(queues).unwrap_or_else(PoisonError::into_inner),
+                    None => {
+                        queues.is_awaited = true;
+                        self.shared.has_result.wait(queues).unwrap_or_else(PoisonError::into_inner)
+                    }
                 };
             }
             for Job { row, entry, work } in queues.done.drain(..) {
@@ -277,7 +282,9 @@ impl Shared {
         job.work.result = result.unwrap_or(Err(NotAllowed));
         let mut queues = lock(&self.queues);
         queues.done.push(job);
-        self.has_result.notify_one();
+        if std::mem::take(&mut queues.is_awaited) {
+            self.has_result.notify_one();
+        }
         queues
     }
 }

@@ -329,9 +329,9 @@ impl<E: Executor> StepLoop<E> {
         if let Some(events) = self.scheduler.drain_kv_events() {
             hub.push(events);
         }
-        let all = self.scheduler.kv_blocks();
+        let all = Arc::new(self.scheduler.kv_blocks());
         for reply in replies {
-            drop(reply.send((all.clone(), hub.last_number())));
+            drop(reply.send((Arc::clone(&all), hub.last_number())));
         }
     }
 

@@ -1,59 +1,52 @@
 //! Dialects that put calls between two marks.
 
 use super::scan::{Content, Scanner};
-use super::{ParsedCall, Parts, TextParser};
+use super::{Parts, TextParser};
 
-/// Content, and blocks between `begin` and `end` that `parse` reads. A block that it cannot read is content, marks and all.
-pub(super) struct Blocks<P> {
+/// What is between the marks, as it comes.
+pub(super) trait Block: Send {
+    fn push(&mut self, text: &str, content: &mut Content, parts: &mut Parts);
+
+    /// The block ends with this mark, or, where that is empty, with the answer: some models end one in place of the mark.
+    fn end(self, end: &str, content: &mut Content, parts: &mut Parts);
+}
+
+/// Content, and blocks between `begin` and `end`, each of which `open` begins.
+pub(super) struct Blocks<B, F> {
     begin: &'static str,
     end: &'static str,
-    parse: P,
+    open: F,
     scanner: Scanner,
     content: Content,
-    /// Inside a block: what it holds so far.
-    block: Option<String>,
+    /// Inside a block.
+    block: Option<B>,
 }
 
-impl<P: Fn(&str) -> Option<Vec<ParsedCall>> + Send> Blocks<P> {
-    pub(super) fn new(begin: &'static str, end: &'static str, parse: P) -> Self {
-        Self { begin, end, parse, scanner: Scanner::default(), content: Content::default(), block: None }
-    }
-
-    fn end_block(&mut self, block: &str, is_closed: bool, parts: &mut Parts) {
-        match (self.parse)(block) {
-            Some(calls) if !calls.is_empty() => {
-                self.content.call();
-                calls.into_iter().for_each(|call| parts.call(call));
-            }
-            _ => {
-                let end = if is_closed { self.end } else { "" };
-                for text in [self.begin, block, end] {
-                    self.content.push(text, |text| parts.content(text));
-                }
-            }
-        }
+impl<B: Block, F: Fn() -> B + Send> Blocks<B, F> {
+    pub(super) fn new(begin: &'static str, end: &'static str, open: F) -> Self {
+        Self { begin, end, open, scanner: Scanner::default(), content: Content::default(), block: None }
     }
 }
 
-impl<P: Fn(&str) -> Option<Vec<ParsedCall>> + Send> TextParser for Blocks<P> {
+impl<B: Block, F: Fn() -> B + Send> TextParser for Blocks<B, F> {
     fn push(&mut self, text: &str, parts: &mut Parts) {
-        self.scanner.push(text);
+        let Self { begin, end, open, scanner, content, block } = self;
+        scanner.push(text);
         loop {
-            match self.block.take() {
+            match block {
                 None => {
-                    let content = &mut self.content;
-                    let found = self.scanner.next(&[self.begin], |text| content.push(text, |text| parts.content(text)));
-                    if found.is_none() {
+                    if scanner.next(&[*begin], |text| content.push(text, |text| parts.content(text))).is_none() {
                         return;
                     }
-                    self.block = Some(String::new());
+                    *block = Some(open());
                 }
-                Some(mut block) => {
-                    if self.scanner.next(&[self.end], |text| block.push_str(text)).is_none() {
-                        self.block = Some(block);
+                Some(inside) => {
+                    if scanner.next(&[*end], |text| inside.push(text, content, parts)).is_none() {
                         return;
                     }
-                    self.end_block(&block, true, parts);
+                    if let Some(inside) = block.take() {
+                        inside.end(end, content, parts);
+                    }
                 }
             }
         }
@@ -62,8 +55,10 @@ impl<P: Fn(&str) -> Option<Vec<ParsedCall>> + Send> TextParser for Blocks<P> {
     fn finish(&mut self, parts: &mut Parts) {
         let rest = self.scanner.take();
         match self.block.take() {
-            // Some models end their answer in place of the last mark.
-            Some(block) => self.end_block(&(block + &rest), false, parts),
+            Some(mut block) => {
+                block.push(&rest, &mut self.content, parts);
+                block.end("", &mut self.content, parts);
+            }
             None => self.content.push(&rest, |text| parts.content(text)),
         }
         self.content.finish(|text| parts.content(text));

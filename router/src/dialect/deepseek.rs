@@ -1,8 +1,9 @@
 //! DeepSeek V3 and R1: calls between marks of their own; a call is `function<sep>NAME` and fenced JSON, or since V3.1
 //! `NAME<sep>` and JSON.
 
+use super::blocks::{Block, Blocks};
 use super::json_stream::{ObjectEnd, opens_object};
-use super::scan::{Content, Scanner};
+use super::scan::Content;
 use super::{Parts, TextParser};
 
 pub(super) const CALLS_BEGIN: &str = "<｜tool▁calls▁begin｜>";
@@ -13,16 +14,12 @@ pub(super) const SEP: &str = "<｜tool▁sep｜>";
 pub(super) const MARKS: [&str; 5] = [CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEP];
 const FENCE: &str = "```json";
 
-/// See the module's text.
-#[derive(Default)]
-pub(super) struct Parser {
-    scanner: Scanner,
-    content: Content,
-    block: Option<Block>,
+pub(super) fn parser() -> impl TextParser {
+    Blocks::new(CALLS_BEGIN, CALLS_END, || CallsBlock { begin: CALLS_BEGIN, state: State::header("") })
 }
 
 /// What is between the outer marks.
-struct Block {
+struct CallsBlock {
     /// What it began with, until a call was found in it.
     begin: &'static str,
     state: State,
@@ -56,7 +53,7 @@ fn name(header: &str) -> Option<&str> {
     Some(name.trim()).filter(|name| !name.is_empty())
 }
 
-impl Block {
+impl Block for CallsBlock {
     fn push(&mut self, text: &str, content: &mut Content, parts: &mut Parts) {
         let mut rest = text.to_owned();
         loop {
@@ -112,42 +109,5 @@ impl Block {
             }
             State::Content => content.push(end, |text| parts.content(text)),
         }
-    }
-}
-
-impl TextParser for Parser {
-    fn push(&mut self, text: &str, parts: &mut Parts) {
-        let Self { scanner, content, block } = self;
-        scanner.push(text);
-        loop {
-            match block {
-                None => {
-                    if scanner.next(&[CALLS_BEGIN], |text| content.push(text, |text| parts.content(text))).is_none() {
-                        return;
-                    }
-                    *block = Some(Block { begin: CALLS_BEGIN, state: State::header("") });
-                }
-                Some(open) => {
-                    if scanner.next(&[CALLS_END], |text| open.push(text, content, parts)).is_none() {
-                        return;
-                    }
-                    if let Some(open) = block.take() {
-                        open.end(CALLS_END, content, parts);
-                    }
-                }
-            }
-        }
-    }
-
-    fn finish(&mut self, parts: &mut Parts) {
-        let rest = self.scanner.take();
-        match self.block.take() {
-            Some(mut block) => {
-                block.push(&rest, &mut self.content, parts);
-                block.end("", &mut self.content, parts);
-            }
-            None => self.content.push(&rest, |text| parts.content(text)),
-        }
-        self.content.finish(|text| parts.content(text));
     }
 }

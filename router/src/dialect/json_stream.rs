@@ -1,6 +1,7 @@
 //! Calls written as JSON, taken apart as they come: once a call's name is known and its arguments begin, both are said, and the
 //! arguments go on in pieces. What cannot be read before that is given back; what was begun stands as the model wrote it.
 
+use super::blocks::Block;
 use super::scan::Content;
 use super::{Parts, json_calls};
 
@@ -304,7 +305,15 @@ impl CallBlock {
         Self { begin, calls: Some(JsonCalls::default()) }
     }
 
-    pub(super) fn push(&mut self, text: &str, content: &mut Content, parts: &mut Parts) {
+    fn give_back(&mut self, unread: &str, content: &mut Content, parts: &mut Parts) {
+        for text in [&std::mem::take(&mut self.begin), unread] {
+            content.push(text, |text| parts.content(text));
+        }
+    }
+}
+
+impl Block for CallBlock {
+    fn push(&mut self, text: &str, content: &mut Content, parts: &mut Parts) {
         let Some(calls) = &mut self.calls else { return content.push(text, |text| parts.content(text)) };
         let before = calls.num_calls;
         let unread = calls.push(text, parts);
@@ -318,8 +327,7 @@ impl CallBlock {
         }
     }
 
-    /// The block ends with this mark.
-    pub(super) fn end(mut self, end: &str, content: &mut Content, parts: &mut Parts) {
+    fn end(mut self, end: &str, content: &mut Content, parts: &mut Parts) {
         let unread = match &mut self.calls {
             Some(calls) => calls.finish(parts),
             None => Some(String::new()),
@@ -327,12 +335,6 @@ impl CallBlock {
         if let Some(unread) = unread {
             self.give_back(&unread, content, parts);
             content.push(end, |text| parts.content(text));
-        }
-    }
-
-    fn give_back(&mut self, unread: &str, content: &mut Content, parts: &mut Parts) {
-        for text in [&std::mem::take(&mut self.begin), unread] {
-            content.push(text, |text| parts.content(text));
         }
     }
 }

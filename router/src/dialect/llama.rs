@@ -1,6 +1,7 @@
 //! Llama 3.1 and later: the whole answer is one JSON object, or several with semicolons between them, perhaps behind
 //! `<|python_tag|>`.
 
+use super::blocks::Block;
 use super::json_stream::CallBlock;
 use super::scan::Content;
 use super::{Parts, TextParser};

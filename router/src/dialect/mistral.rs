@@ -1,5 +1,6 @@
 //! Mistral: behind `[TOOL_CALLS]` a list of JSON objects, or `name[ARGS]{...}` once for each call.
 
+use super::blocks::Block;
 use super::json_stream::{Behind, CallBlock, ObjectEnd, behind_space, opens_object};
 use super::scan::{Content, Scanner};
 use super::{Parts, TextParser};

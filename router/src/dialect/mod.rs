@@ -264,11 +264,11 @@ impl OutputParser {
         let calls: Option<Box<dyn TextParser>> = match dialects.tools {
             _ if is_harmony => Some(Box::new(harmony::Parser::new(*dialects, !tools.is_empty()))),
             _ if tools.is_empty() => None,
-            ToolDialect::Hermes => Some(Box::new(hermes::Parser::default())),
+            ToolDialect::Hermes => Some(Box::new(hermes::parser())),
             ToolDialect::Llama3Json => Some(Box::new(llama::Parser::default())),
             ToolDialect::Pythonic => Some(Box::new(pythonic::Parser::default())),
             ToolDialect::Mistral => Some(Box::new(mistral::Parser::default())),
-            ToolDialect::DeepseekV3 => Some(Box::new(deepseek::Parser::default())),
+            ToolDialect::DeepseekV3 => Some(Box::new(deepseek::parser())),
             ToolDialect::Qwen3Coder => Some(Box::new(qwen_xml::parser(Arc::clone(tools)))),
             ToolDialect::Harmony => None,
         };

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::blocks::Blocks;
+use super::blocks::{Block, Blocks};
 use super::hermes::{BEGIN, END};
-use super::{ParsedCall, TextParser};
+use super::scan::Content;
+use super::{ParsedCall, Parts, TextParser};
 use crate::generation::Tool;
 
 pub(super) const FUNCTION: &str = "<function=";
@@ -15,9 +16,34 @@ const PARAMETER: &str = "<parameter=";
 const PARAMETER_END: &str = "</parameter>";
 
 pub(super) fn parser(tools: Arc<[Tool]>) -> impl TextParser {
-    Blocks::new(BEGIN, END, move |block: &str| -> Option<Vec<ParsedCall>> {
-        block.split(FUNCTION).skip(1).map(|text| call(text, &tools)).collect()
-    })
+    Blocks::new(BEGIN, END, move || WholeBlock { text: String::new(), tools: Arc::clone(&tools) })
+}
+
+/// Read when it is whole: values are typed by what is behind them. One that cannot be read is content, marks and all.
+struct WholeBlock {
+    text: String,
+    tools: Arc<[Tool]>,
+}
+
+impl Block for WholeBlock {
+    fn push(&mut self, text: &str, _: &mut Content, _: &mut Parts) {
+        self.text.push_str(text);
+    }
+
+    fn end(self, end: &str, content: &mut Content, parts: &mut Parts) {
+        let calls: Option<Vec<_>> = self.text.split(FUNCTION).skip(1).map(|text| call(text, &self.tools)).collect();
+        match calls {
+            Some(calls) if !calls.is_empty() => {
+                content.call();
+                calls.into_iter().for_each(|call| parts.call(call));
+            }
+            _ => {
+                for text in [BEGIN, &self.text, end] {
+                    content.push(text, |text| parts.content(text));
+                }
+            }
+        }
+    }
 }
 
 fn call(text: &str, tools: &[Tool]) -> Option<ParsedCall> {

@@ -1,4 +1,5 @@
-//! From what a request holds to the tokens of its prompt: everything that runs on the blocking pool.
+//! From what a request holds to the tokens of its prompt: everything that runs on the blocking pool, or where it came in if it
+//! is little.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
