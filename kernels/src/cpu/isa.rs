@@ -14,6 +14,9 @@ pub enum Isa {
     Avx512,
     /// The same with GFNI and products of bf16 pairs (`vdpbf16ps`), where they are as fast as FMA: Zen 4 and later.
     Avx512Bf16,
+    /// The same with AMX: products of bf16 weights, and of whole numbers for many rows, in tiles of 16 rows and 16 outputs.
+    /// Sapphire Rapids and later, where the system lets a process use tiles.
+    Amx,
 }
 
 impl Isa {
@@ -25,7 +28,7 @@ impl Isa {
 
     /// All that this machine has, from the least to the best.
     pub fn available() -> Vec<Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16]
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx]
             .into_iter()
             .filter(|isa| isa.is_available())
             .collect()
@@ -37,6 +40,8 @@ impl Isa {
             Self::Portable => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Bf16.is_available() && super::amx::is_available(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512.is_available() && is_x86_feature_detected!("gfni"),
             #[cfg(target_arch = "x86_64")]
@@ -50,7 +55,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => false,
         }
     }
 
@@ -61,7 +66,13 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         }
+    }
+
+    /// Whether it is one of those with 512-bit vectors.
+    pub(crate) const fn is_avx512(self) -> bool {
+        cfg!(target_arch = "x86_64") && matches!(self, Self::Avx512 | Self::Avx512Bf16 | Self::Amx)
     }
 }
 

@@ -28,12 +28,14 @@ pub(crate) fn vectorize<W: Vectorized>(isa: Isa, work: W) -> W::Output {
             x86::Avx2(()).enter(work)
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => {
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
             debug_assert!(isa.is_available());
             x86::Avx512(()).enter(work)
         }
         #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => unreachable!("not an instruction set of this architecture"),
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
+            unreachable!("not an instruction set of this architecture")
+        }
     }
 }
 
@@ -103,6 +105,9 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     /// # Safety
     /// 16 pairs can be read at `x`.
     unsafe fn load_pairs(self, x: *const u32) -> Self::P;
+    /// # Safety
+    /// 16 pairs can be written at `x`.
+    unsafe fn store_pairs(self, x: *mut u32, a: Self::P);
     /// The first `len` pairs, zero in the others.
     /// # Safety
     /// `len` pairs can be read at `x`; `len` is at most 16.
@@ -471,6 +476,11 @@ impl Lanes for Portable {
     unsafe fn load_pairs(self, x: *const u32) -> Self::P {
         // SAFETY: by contract; an array of u32 has the alignment of u32.
         unsafe { *x.cast::<Self::P>() }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, x: *mut u32, a: Self::P) {
+        // SAFETY: as above.
+        unsafe { *x.cast::<Self::P>() = a }
     }
     #[inline(always)]
     unsafe fn load_pairs_first(self, x: *const u32, len: usize) -> Self::P {

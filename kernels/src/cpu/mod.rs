@@ -1,5 +1,7 @@
 //! The CPU device: threads, memory, and which vector instructions to use. The arithmetic lies in `ops/<op>/cpu.rs`.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 pub mod buffer;
 pub mod isa;
 pub(crate) mod lanes;

@@ -28,7 +28,7 @@ pub struct Peaks {
     /// Multiplications and additions on registers alone, as `linear` does them with bf16 weights.
     pub bf16_flops_per_second: f64,
     /// Products of bytes and their sums in 32 bits, as `linear` does them with quantized weights, two operations each:
-    /// `vpdpbusd` on AVX-512, two `vpmaddwd` on AVX2, plain loops elsewhere.
+    /// `tdpbsud` on AMX, `vpdpbusd` on AVX-512, two `vpmaddwd` on AVX2, plain loops elsewhere.
     pub int8_ops_per_second: f64,
     /// Multiplications and additions on registers alone with f32 weights.
     pub f32_flops_per_second: f64,
@@ -92,6 +92,11 @@ const NUM_ROUNDS: usize = 200_000;
 
 fn flops_per_second(backend: &CpuBackend, dtype: DType) -> f64 {
     let isa = backend.isa;
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx && dtype == DType::Bf16 {
+        // SAFETY: a backend is made only for instructions that the machine has.
+        return rounds_per_second(backend, || unsafe { x86::bf16_amx() }) * x86::AMX_FLOPS as f64;
+    }
     // Elsewhere bf16 is widened to f32 first.
     let in_pairs = dtype == DType::Bf16 && isa == Isa::Avx512Bf16;
     // Independent sums: more than the latency of any multiplication, and no more than the registers hold.
@@ -150,6 +155,11 @@ impl<const N: usize> Vectorized for Multiply<N> {
 fn int8_ops_per_second(backend: &CpuBackend) -> f64 {
     match backend.isa {
         #[cfg(target_arch = "x86_64")]
+        Isa::Amx => {
+            // SAFETY: a backend is made only for instructions that the machine has.
+            rounds_per_second(backend, || unsafe { x86::int8_amx() }) * (2 * x86::AMX_FLOPS) as f64
+        }
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Bf16 => {
             // SAFETY: a backend is made only for instructions that the machine has; both AVX-512 sets include VNNI.
             rounds_per_second(backend, || unsafe { x86::int8_avx512() }) * x86::AVX512_OPS as f64
@@ -185,12 +195,46 @@ mod x86 {
     use std::hint::black_box;
 
     use super::NUM_ROUNDS;
+    use crate::cpu::amx::{TILE_ROWS, Tiles, tile};
 
     const AVX512_CHAINS: usize = 12;
     const AVX2_CHAINS: usize = 10;
     /// Of a round: sums, products for each, and two operations for each product.
     pub(super) const AVX512_OPS: usize = AVX512_CHAINS * 16 * 4 * 2;
     pub(super) const AVX2_OPS: usize = AVX2_CHAINS * 8 * 4 * 2;
+
+    /// Of a round of bf16: four tiles of sums, pairs for each, and two operations for each product.
+    pub(super) const AMX_FLOPS: usize = 4 * TILE_ROWS * TILE_ROWS * (2 * TILE_ROWS) * 2;
+
+    /// # Safety
+    /// The machine has tiles.
+    pub(super) unsafe fn bf16_amx() {
+        // SAFETY: by contract; nothing here holds tiles already.
+        unsafe {
+            let _tiles = Tiles::take();
+            for _ in 0..NUM_ROUNDS {
+                tile!(bf16 "tmm0", "tmm4", "tmm6");
+                tile!(bf16 "tmm1", "tmm4", "tmm7");
+                tile!(bf16 "tmm2", "tmm5", "tmm6");
+                tile!(bf16 "tmm3", "tmm5", "tmm7");
+            }
+        }
+    }
+
+    /// # Safety
+    /// The machine has tiles.
+    pub(super) unsafe fn int8_amx() {
+        // SAFETY: as above.
+        unsafe {
+            let _tiles = Tiles::take();
+            for _ in 0..NUM_ROUNDS {
+                tile!(i8u8 "tmm0", "tmm4", "tmm6");
+                tile!(i8u8 "tmm1", "tmm4", "tmm7");
+                tile!(i8u8 "tmm2", "tmm5", "tmm6");
+                tile!(i8u8 "tmm3", "tmm5", "tmm7");
+            }
+        }
+    }
 
     #[target_feature(enable = "avx512f,avx512vnni")]
     pub(super) fn int8_avx512() -> i32 {

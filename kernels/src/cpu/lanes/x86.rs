@@ -225,6 +225,14 @@ impl Lanes for Avx2 {
         unsafe { (_mm256_loadu_si256(x.cast()), _mm256_loadu_si256(x.add(8).cast())) }
     }
     #[inline(always)]
+    unsafe fn store_pairs(self, x: *mut u32, a: Self::P) {
+        // SAFETY: by contract.
+        unsafe {
+            _mm256_storeu_si256(x.cast(), a.0);
+            _mm256_storeu_si256(x.add(8).cast(), a.1);
+        }
+    }
+    #[inline(always)]
     unsafe fn load_pairs_first(self, x: *const u32, len: usize) -> Self::P {
         let (m0, m1) = (first_of_half(len), first_of_half(len.saturating_sub(8)));
         // SAFETY: masked lanes are not read; the others can be by contract.
@@ -511,6 +519,11 @@ impl Lanes for Avx512 {
     unsafe fn load_pairs(self, x: *const u32) -> __m512i {
         // SAFETY: by contract.
         unsafe { _mm512_loadu_si512(x.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, x: *mut u32, a: __m512i) {
+        // SAFETY: by contract.
+        unsafe { _mm512_storeu_si512(x.cast(), a) }
     }
     #[inline(always)]
     unsafe fn load_pairs_first(self, x: *const u32, len: usize) -> __m512i {

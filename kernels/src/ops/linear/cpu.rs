@@ -3,7 +3,7 @@
 //! Weights lie in panels of `panel_width` output features, one panel after the other, each a single sequential stream
 //! over `in_features` (see [`weight`]). The unit of work is a panel times a block of rows; every thread goes through a
 //! contiguous share of the units, so it streams its own part of the matrix once and in order, and helps others at the end. Inside a unit the panel is cut into
-//! stretches of [`K_BLOCK`] that stay in the level-2 cache while tiles of a few rows pass over them (see [`tile`]).
+//! stretches of `stretch_features` that stay in the level-2 cache while tiles of a few rows pass over them (see [`tile`]).
 //! Partial sums wait in f32 between stretches and are taken up again as the accumulator's start, so each output is one
 //! chain of additions over `in_features` in ascending order, however rows, stretches and threads are cut.
 //!
@@ -11,6 +11,8 @@
 //! weight packed so far, taken when that weight is packed. More rows than that take several passes over the weights,
 //! where arithmetic has long outgrown the reading of them.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod compact;
 mod finish;
 mod fp8;
@@ -30,19 +32,21 @@ use self::finish::Finish;
 use self::tile::{ActivationForm, Kernel, Tile};
 use super::Linear;
 use crate::KernelError;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::amx::Tiles;
 use crate::cpu::buffer::AlignedBytes;
 use crate::cpu::lanes::PREFETCH_AHEAD_BYTES;
 use crate::cpu::thread_pool::{SharedMut, split};
 use crate::cpu::{CpuBackend, Isa, ThreadPool};
 
-/// Rows of one pass over the weights.
+/// Rows of one pass over the weights: whole tiles.
 const MAX_PASS_ROWS: usize = 1024;
 
 /// Rows of one unit of work: their partial sums (48 KiB) stay in the level-2 cache beside a stretch of the panel.
 const MAX_UNIT_ROWS: usize = 192;
 
-/// Input features of a stretch: 128 KiB of a bf16 panel of 64. Even.
-const K_BLOCK: usize = 1024;
+/// The most input features of a stretch of bf16 weights: 128 KiB of a panel of 64.
+const MAX_STRETCH_FEATURES: usize = 1024;
 
 /// Activations that are rounded as one unit of work, some 3 microseconds: less is not worth waking another thread.
 const ROUND_UNIT_LEN: usize = 1 << 16;
@@ -58,7 +62,7 @@ pub(crate) struct Workspace {
 }
 
 /// Bytes of a stretch of bf16 weights.
-const UNPACKED_BYTES: usize = K_BLOCK / 2 * compact::PLAIN_STEP_BYTES;
+const UNPACKED_BYTES: usize = MAX_STRETCH_FEATURES / 2 * compact::PLAIN_STEP_BYTES;
 
 /// Numbers of one thread's share of [`Workspace::sums`].
 const SUMS_LEN: usize = MAX_UNIT_ROWS * tile::MAX_PANEL_WIDTH;
@@ -149,7 +153,7 @@ fn pass(
         // SAFETY: as above.
         let unpacked = unsafe { unpacked.slice_mut(worker * UNPACKED_BYTES..(worker + 1) * UNPACKED_BYTES) };
         let (panel, block) = (unit / num_blocks, unit % num_blocks);
-        let rows = split(num_rows, 1, block, num_blocks);
+        let rows = split(num_rows, kernel.row_multiple * 2, block, num_blocks);
         // SAFETY: the activations hold `num_rows` rows of the stride; units are disjoint in (panel, rows), and so are
         // the parts of `out` that they write.
         unsafe { compute_unit(weight, activations, panel, rows, finish, Scratch { sums, unpacked }, &out) };
@@ -192,8 +196,11 @@ unsafe fn compute_unit(
     let width = kernel.panel_width;
     let num_tiles = rows.len().div_ceil(kernel.max_tile_rows);
     let num_steps = weight.num_steps();
-    let unpacks = kernel.is_compact && num_tiles >= compact::MIN_TILES_TO_UNPACK;
-    let num_stretches = num_steps.div_ceil(K_BLOCK / kernel.features_per_step);
+    let unpacks = kernel.unpacks() && (kernel.uses_tiles || num_tiles >= compact::MIN_TILES_TO_UNPACK);
+    let num_stretches = num_steps.div_ceil(kernel.stretch_features / kernel.features_per_step);
+    // SAFETY: the kernel was made for what the machine has, and no tiles are held where units begin.
+    #[cfg(target_arch = "x86_64")]
+    let _tiles = kernel.uses_tiles.then(|| unsafe { Tiles::take() });
     let panel_start = weight.panel(panel);
     let unpacked = scratch.unpacked.as_mut_ptr();
     let beside = weight.beside(panel);
@@ -202,17 +209,18 @@ unsafe fn compute_unit(
     }
     let sum_scale = beside.map_or(1.0, Beside::sum_scale);
     for stretch in 0..num_stretches {
-        let steps = split(num_steps, 1, stretch, num_stretches);
+        let steps = split(num_steps, kernel.step_multiple, stretch, num_stretches);
         // SAFETY: inside the panel.
         let weights = unsafe { panel_start.add(steps.start * kernel.step_bytes) };
         let stretch_bytes = steps.len() * kernel.step_bytes;
         for index in 0..num_tiles {
-            let tile_rows = split(rows.len(), 1, index, num_tiles);
-            let sums = &mut scratch.sums[tile_rows.start * width..tile_rows.end * width];
+            let tile_rows = split(rows.len(), kernel.row_multiple, index, num_tiles);
+            let padded_rows = tile_rows.len().next_multiple_of(kernel.row_multiple);
+            let sums = &mut scratch.sums[tile_rows.start * width..][..padded_rows * width];
             // Each line is fetched ahead once. A tile alone fetches a little ahead in its own stream; of several, each
             // fetches its share of the stretch that comes next in memory, while this one is at work.
             let lines = split(kernel.lines_per_step(), 1, index, num_tiles);
-            let ahead = if num_tiles == 1 {
+            let ahead = if num_tiles == 1 && !kernel.uses_tiles {
                 PREFETCH_AHEAD_BYTES
             } else {
                 stretch_bytes + lines.start * stretch_bytes / kernel.lines_per_step()
@@ -225,7 +233,7 @@ unsafe fn compute_unit(
                         .first
                         .add(first_row * activations.stride + steps.start * kernel.activation_step_bytes),
                     activation_stride: activations.stride,
-                    weights: if unpacks && index > 0 { unpacked } else { weights },
+                    weights,
                     num_steps: steps.len(),
                     unpacked,
                     sums: sums.as_mut_ptr(),
@@ -242,7 +250,7 @@ unsafe fn compute_unit(
                 if stretch + 1 == num_stretches {
                     if let Some(beside) = beside {
                         let first = activations.first.add(first_row * activations.stride);
-                        beside.add_exceptions(first, activations.stride, width, sums);
+                        beside.add_exceptions(first, activations.stride, width, &mut sums[..tile_rows.len() * width]);
                     }
                     finish.run(panel, first_row..first_row + tile_rows.len(), sum_scale, sums, out);
                 }
@@ -274,7 +282,7 @@ fn round_activations(
                 (ActivationForm::Quantized { group_len }, _) => grouped::quantize_row(isa, group_len, x, target),
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the ISA is available; the stride has room for the row in whole vectors.
-                (form, Isa::Avx512Bf16) => unsafe {
+                (form, Isa::Avx512Bf16 | Isa::Amx) => unsafe {
                     let scale = if form == ActivationForm::ScaledBf16 { compact::ACTIVATION_SCALE } else { 1.0 };
                     tile::round_row_avx512(x, scale, target);
                 },

@@ -256,34 +256,15 @@ pub(super) unsafe fn avx512_unpacking<const R: usize, const P: usize>(tile: &Til
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,gfni")]
 unsafe fn avx512_steps<const R: usize, const P: usize, const UNPACK: bool>(tile: &Tile) {
-    // In every byte, bits 3 to 5 go to 0 to 2, and bit 6 to 7; others become zero. (Byte 7 - i chooses the source of bit i.)
-    const UPPER: i64 = i64::from_le_bytes([1 << 6, 0, 0, 0, 0, 1 << 5, 1 << 4, 1 << 3]);
-    // Of three bits a, b, mask: a where the mask is 1, else b.
-    const SELECT: i32 = 0b1110_0100;
     // SAFETY: see `Kernel::run`; loads and stores are unaligned ones.
     unsafe {
         let mut acc = load_avx512::<R>(tile);
-        let number = _mm512_set1_epi16(NUMBER as i16);
-        let (lowest_bits, low_byte) = (_mm512_set1_epi16(0xf), _mm512_set1_epi16(0xff));
-        let upper = _mm512_set1_epi64(UPPER);
         let mut weights = tile.weights;
         let mut prefetch = tile.prefetch;
         let mut activations = tile.activations;
         let mut unpacked = tile.unpacked;
         for _ in 0..tile.num_steps {
-            let [a, b, c] = std::array::from_fn(|line| _mm512_loadu_si512(weights.add(line * 64).cast()));
-            let lower = _mm512_ternarylogic_epi32::<SELECT>(
-                _mm512_srli_epi16::<SPARE_BIT>(a),
-                _mm512_srli_epi16::<{ SPARE_BIT - 4 }>(b),
-                lowest_bits,
-            );
-            let upper = _mm512_gf2p8affine_epi64_epi8::<0>(c, upper);
-            let w = [
-                _mm512_and_si512(a, number),
-                _mm512_and_si512(b, number),
-                _mm512_and_si512(c, number),
-                _mm512_ternarylogic_epi32::<SELECT>(lower, upper, low_byte),
-            ];
+            let w = unpack_step(weights);
             fetch_ahead::<P>(prefetch, P == 3);
             if UNPACK {
                 for (v, w) in w.iter().enumerate() {
@@ -304,6 +285,36 @@ unsafe fn avx512_steps<const R: usize, const P: usize, const UNPACK: bool>(tile:
         }
         store_avx512(tile, &acc);
     }
+}
+
+/// The pairs of a step, as they lie in one of plain weights.
+///
+/// # Safety
+/// A step can be read at `weights`.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,gfni")]
+pub(super) unsafe fn unpack_step(weights: *const u8) -> [__m512i; 4] {
+    // In every byte, bits 3 to 5 go to 0 to 2, and bit 6 to 7; others become zero. (Byte 7 - i chooses the source of bit i.)
+    const UPPER: i64 = i64::from_le_bytes([1 << 6, 0, 0, 0, 0, 1 << 5, 1 << 4, 1 << 3]);
+    // Of three bits a, b, mask: a where the mask is 1, else b.
+    const SELECT: i32 = 0b1110_0100;
+    let number = _mm512_set1_epi16(NUMBER as i16);
+    let (lowest_bits, low_byte) = (_mm512_set1_epi16(0xf), _mm512_set1_epi16(0xff));
+    // SAFETY: by contract.
+    let [a, b, c] = std::array::from_fn(|line| unsafe { _mm512_loadu_si512(weights.add(line * 64).cast()) });
+    let lower = _mm512_ternarylogic_epi32::<SELECT>(
+        _mm512_srli_epi16::<SPARE_BIT>(a),
+        _mm512_srli_epi16::<{ SPARE_BIT - 4 }>(b),
+        lowest_bits,
+    );
+    let upper = _mm512_gf2p8affine_epi64_epi8::<0>(c, _mm512_set1_epi64(UPPER));
+    [
+        _mm512_and_si512(a, number),
+        _mm512_and_si512(b, number),
+        _mm512_and_si512(c, number),
+        _mm512_ternarylogic_epi32::<SELECT>(lower, upper, low_byte),
+    ]
 }
 
 #[cfg(test)]

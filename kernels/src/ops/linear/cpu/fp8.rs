@@ -23,11 +23,7 @@ const NUM_WORDS: usize = LONG_GROUP_LEN / 4;
 
 /// Outputs of a panel.
 pub(super) const fn panel_width(isa: Isa) -> usize {
-    if is_avx512(isa) { 64 } else { LANES }
-}
-
-const fn is_avx512(isa: Isa) -> bool {
-    cfg!(target_arch = "x86_64") && matches!(isa, Isa::Avx512 | Isa::Avx512Bf16)
+    if isa.is_avx512() { 64 } else { LANES }
 }
 
 /// Bytes of the codes of a step.
@@ -47,6 +43,13 @@ const PLACES: [usize; 4] = [0, 2, 1, 3];
 #[inline(always)]
 pub(super) fn word(codes: [u8; 4]) -> u32 {
     u32::from_le_bytes(PLACES.map(|place| codes[place]))
+}
+
+/// The scales of a step behind `weights`, in panels of 64.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn scales(weights: *const u8, step: usize) -> *const f32 {
+    weights.wrapping_add(step * step_bytes(Isa::Amx) + code_bytes(Isa::Amx)).cast()
 }
 
 /// Writes a lane of a step to `out`, at most [`LONG_GROUP_LEN`] numbers.
@@ -98,6 +101,42 @@ unsafe fn avx2<const R: usize>(tile: &Tile) {
 
 unsafe fn portable<const R: usize>(tile: &Tile) {
     vectorize(Isa::Portable, Rows::<R, 1, false>(tile));
+}
+
+/// Unpacks a tile's weights to pairs of bf16 as they lie in plain panels of 64. Made where the contract of `Kernel::run` holds.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Unpack<'a>(pub(super) &'a Tile);
+
+#[cfg(target_arch = "x86_64")]
+impl Vectorized for Unpack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        const WIDTH: usize = 64;
+        let tile = self.0;
+        let mut ahead = tile.prefetch;
+        let mut unpacked = tile.unpacked.cast::<u32>();
+        for step in 0..tile.num_steps {
+            let codes = tile.weights.wrapping_add(step * step_bytes(Isa::Amx)).cast::<u32>();
+            for word in 0..NUM_WORDS {
+                // Little by little: only some two dozen lines can be on their way to a core.
+                for _ in word * tile.num_lines / NUM_WORDS..(word + 1) * tile.num_lines / NUM_WORDS {
+                    prefetch(ahead);
+                    ahead = ahead.wrapping_add(64);
+                }
+                for first in (0..WIDTH).step_by(LANES) {
+                    // SAFETY: a step holds so many words, and as many pairs twice over have room.
+                    unsafe {
+                        let [low, high] = simd.unpack_e4m3(simd.load_pairs(codes.add(word * WIDTH + first)));
+                        simd.store_pairs(unpacked.add(first), low);
+                        simd.store_pairs(unpacked.add(WIDTH + first), high);
+                    }
+                }
+                unpacked = unpacked.wrapping_add(2 * WIDTH);
+            }
+        }
+    }
 }
 
 /// `R` rows times a panel of `V` vectors, in `PAIRS` or one after the other. Made where the contract of `Kernel::run` holds.

@@ -48,16 +48,12 @@ pub(super) const fn activation_group_bytes(group_len: usize) -> usize {
 
 /// Outputs of a panel.
 pub(super) const fn panel_width(isa: Isa) -> usize {
-    if is_avx512(isa) { 32 } else { 16 }
+    if isa.is_avx512() { 32 } else { 16 }
 }
 
 /// Bytes of a scale or a minimum.
 pub(super) const fn scale_size(isa: Isa) -> usize {
-    if is_avx512(isa) { 2 } else { 4 }
-}
-
-const fn is_avx512(isa: Isa) -> bool {
-    cfg!(target_arch = "x86_64") && matches!(isa, Isa::Avx512 | Isa::Avx512Bf16)
+    if isa.is_avx512() { 2 } else { 4 }
 }
 
 /// Bytes of the codes of a step.
@@ -100,7 +96,7 @@ macro_rules! by_format {
 pub(super) fn tiles(isa: Isa, grouping: Grouping) -> &'static [TileFn] {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => by_format!(grouping, avx512, [1 2 3 4 5 6 7 8]),
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => by_format!(grouping, avx512, [1 2 3 4 5 6 7 8]),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => by_format!(grouping, avx2, [1 2 3 4]),
         _ => by_format!(grouping, portable, [1 2 3 4]),
@@ -404,7 +400,7 @@ pub(super) fn quantize_row(isa: Isa, group_len: usize, x: &[f32], target: &mut [
         let (scale, sum) = match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the backend was made for an available instruction set.
-            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { quantize_avx512(x, codes) },
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { quantize_avx512(x, codes) },
             _ => {
                 let mut group = [0_i8; LONG_GROUP_LEN];
                 let found = quantize::quantize_activations(x, &mut group[..group_len]);

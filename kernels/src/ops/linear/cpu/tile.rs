@@ -2,6 +2,7 @@
 //!
 //! | kernel        | panel | tile | a step is        | weights of a step          |
 //! |---------------|-------|------|------------------|----------------------------|
+//! | AMX, bf16     | 64    | 32x64 | two features    | as the next, see [`amx`] |
 //! | AVX-512 BF16, bf16 | 64 | 6x64 | two features    | `[64][2]` in 12 bits each ([`compact`]), or plain; `vdpbf16ps` |
 //! | AVX-512, bf16 | 64    | 6x64 | two features     | `[64][2]` bf16, widened, FMA |
 //! | AVX-512, f32  | 64    | 6x64 | one feature      | `[64]` f32, FMA            |
@@ -20,12 +21,17 @@
 use std::arch::x86_64::*;
 
 #[cfg(target_arch = "x86_64")]
+use super::amx;
+#[cfg(target_arch = "x86_64")]
 use super::compact::{avx512_pairs as avx512_compact_pairs, avx512_unpacking};
 use super::{compact, fp8, grouped};
 use crate::WeightFormat;
 use crate::cpu::Isa;
 use crate::cpu::lanes::bf16_bits;
 use crate::weight_format::LONG_GROUP_LEN;
+
+/// Rows of a tile of [`Tiles::Padded`].
+pub(super) const TILE_ROWS: usize = 16;
 
 /// The widest panel of any kernel.
 pub(super) const MAX_PANEL_WIDTH: usize = 64;
@@ -107,6 +113,14 @@ pub(super) enum ActivationForm {
 pub(super) struct Kernel {
     pub(super) panel_width: usize,
     pub(super) max_tile_rows: usize,
+    /// Input features of a stretch, whose weights stay in a cache while tiles of rows pass over them.
+    pub(super) stretch_features: usize,
+    /// Rows of different tiles, and of different units, are multiples of this apart.
+    pub(super) row_multiple: usize,
+    /// A panel has a multiple of so many steps, as has a stretch.
+    pub(super) step_multiple: usize,
+    /// Whether it works on the tiles of a thread, [`crate::cpu::amx`].
+    pub(super) uses_tiles: bool,
     /// Input features of a step: 2 where pairs are interleaved, a group where they share a scale.
     pub(super) features_per_step: usize,
     /// Bytes of one step of a panel: whole cache lines.
@@ -117,7 +131,7 @@ pub(super) struct Kernel {
     /// Whether weights lie in 12 bits a number, see [`compact`].
     pub(super) is_compact: bool,
     tiles: Tiles,
-    /// Those of a compact kernel that unpack for others, and the others.
+    /// Those that unpack for others, and the others.
     unpacking: Option<(Tiles, Tiles)>,
 }
 
@@ -127,6 +141,8 @@ enum Tiles {
     /// By lines fetched ahead per step, too.
     Dense(&'static [[TileFn; 6]; 5]),
     Grouped(&'static [TileFn]),
+    /// By tiles of [`TILE_ROWS`] rows, of which the last need not be full.
+    Padded(&'static [TileFn]),
 }
 
 impl Tiles {
@@ -134,6 +150,7 @@ impl Tiles {
         match self {
             Self::Dense(tiles) => tiles[tile.num_lines][num_rows - 1],
             Self::Grouped(tiles) => tiles[num_rows - 1],
+            Self::Padded(tiles) => tiles[(num_rows - 1) / TILE_ROWS],
         }
     }
 }
@@ -152,82 +169,137 @@ impl Kernel {
                 unpacking: Some((Tiles::Dense(&by_lines!(avx512_unpacking)), plain.tiles)),
                 ..plain
             },
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Amx, WeightFormat::Bf16) => Self {
+                step_bytes: compact::STEP_BYTES,
+                is_compact: true,
+                activations: ActivationForm::ScaledBf16,
+                unpacking: Some((Tiles::Padded(amx::COMPACT), plain.tiles)),
+                ..plain
+            },
             _ => plain,
         }
     }
 
     /// The one for weights that lie as they are.
     pub(super) fn plain(isa: Isa, format: WeightFormat) -> Self {
-        let is_bf16 = match format {
-            WeightFormat::F32 => false,
-            WeightFormat::Bf16 => true,
+        let base = Self {
+            panel_width: 16,
+            max_tile_rows: 4,
+            stretch_features: 1024,
+            row_multiple: 1,
+            step_multiple: 1,
+            features_per_step: 1,
+            step_bytes: 64,
+            activations: ActivationForm::Exact,
+            activation_step_bytes: 4,
+            is_compact: false,
+            uses_tiles: false,
+            tiles: Tiles::Dense(&[tiles!(portable, false); 5]),
+            unpacking: None,
+        };
+        match format {
+            WeightFormat::F32 => match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => Self { max_tile_rows: 6, tiles: Tiles::Dense(&by_lines!(avx2_f32)), ..base },
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => Self {
+                    panel_width: 64,
+                    max_tile_rows: 6,
+                    step_bytes: 256,
+                    tiles: Tiles::Dense(&by_lines!(avx512_f32)),
+                    ..base
+                },
+                _ => base,
+            },
+            WeightFormat::Bf16 => Self::plain_bf16(isa, base),
+            #[cfg(target_arch = "x86_64")]
+            WeightFormat::Fp8 if isa == Isa::Amx => Self {
+                features_per_step: LONG_GROUP_LEN,
+                step_bytes: fp8::step_bytes(isa),
+                activation_step_bytes: LONG_GROUP_LEN * 2,
+                step_multiple: 1,
+                tiles: Tiles::Padded(amx::FP8),
+                unpacking: Some((Tiles::Padded(amx::FP8), Tiles::Padded(amx::UNPACKED_FP8))),
+                ..Self::plain_bf16(isa, base)
+            },
             WeightFormat::Fp8 => {
                 let tiles = fp8::tiles(isa);
-                return Self {
+                Self {
                     panel_width: fp8::panel_width(isa),
                     max_tile_rows: tiles.len(),
                     features_per_step: LONG_GROUP_LEN,
                     step_bytes: fp8::step_bytes(isa),
                     activations: ActivationForm::Bf16,
                     activation_step_bytes: LONG_GROUP_LEN * if isa == Isa::Avx512Bf16 { 2 } else { 4 },
-                    is_compact: false,
                     tiles: Tiles::Grouped(tiles),
-                    unpacking: None,
-                };
+                    ..base
+                }
             }
             WeightFormat::Grouped(grouping) => {
                 let tiles = grouped::tiles(isa, grouping);
-                return Self {
+                Self {
                     panel_width: grouped::panel_width(isa),
                     max_tile_rows: tiles.len(),
                     features_per_step: grouping.group_len,
                     step_bytes: grouped::step_bytes(isa, grouping),
                     activations: ActivationForm::Quantized { group_len: grouping.group_len },
                     activation_step_bytes: grouped::activation_group_bytes(grouping.group_len),
-                    is_compact: false,
                     tiles: Tiles::Grouped(tiles),
-                    unpacking: None,
-                };
-            }
-        };
-        let base = Self {
-            panel_width: 16,
-            max_tile_rows: 4,
-            features_per_step: if is_bf16 { 2 } else { 1 },
-            step_bytes: 64,
-            activations: if is_bf16 { ActivationForm::Bf16 } else { ActivationForm::Exact },
-            activation_step_bytes: if is_bf16 { 8 } else { 4 },
-            is_compact: false,
-            tiles: Tiles::Dense(if is_bf16 { &[tiles!(portable, true); 5] } else { &[tiles!(portable, false); 5] }),
-            unpacking: None,
-        };
-        match isa {
-            Isa::Portable => base,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => Self {
-                max_tile_rows: 6,
-                tiles: Tiles::Dense(if is_bf16 { &by_lines!(avx2_bf16) } else { &by_lines!(avx2_f32) }),
-                ..base
-            },
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 => {
-                let multiplies_pairs = is_bf16 && isa == Isa::Avx512Bf16;
-                Self {
-                    panel_width: 64,
-                    max_tile_rows: 6,
-                    step_bytes: 256,
-                    activation_step_bytes: if multiplies_pairs { 4 } else { base.activation_step_bytes },
-                    tiles: Tiles::Dense(match (is_bf16, multiplies_pairs) {
-                        (true, true) => &by_lines!(avx512_bf16_pairs),
-                        (true, false) => &by_lines!(avx512_bf16),
-                        _ => &by_lines!(avx512_f32),
-                    }),
                     ..base
                 }
             }
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => base,
         }
+    }
+
+    fn plain_bf16(isa: Isa, base: Self) -> Self {
+        let base = Self {
+            features_per_step: 2,
+            activations: ActivationForm::Bf16,
+            activation_step_bytes: 8,
+            tiles: Tiles::Dense(&[tiles!(portable, true); 5]),
+            ..base
+        };
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Self { max_tile_rows: 6, tiles: Tiles::Dense(&by_lines!(avx2_bf16)), ..base },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Self {
+                panel_width: 64,
+                max_tile_rows: 6,
+                step_bytes: 256,
+                tiles: Tiles::Dense(&by_lines!(avx512_bf16)),
+                ..base
+            },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Self {
+                panel_width: 64,
+                max_tile_rows: 6,
+                step_bytes: 256,
+                activation_step_bytes: 4,
+                tiles: Tiles::Dense(&by_lines!(avx512_bf16_pairs)),
+                ..base
+            },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Self {
+                panel_width: 64,
+                max_tile_rows: amx::MAX_ROWS,
+                stretch_features: amx::STRETCH_FEATURES,
+                row_multiple: TILE_ROWS,
+                step_multiple: amx::TILE_STEPS,
+                step_bytes: 256,
+                activation_step_bytes: 4,
+                uses_tiles: true,
+                tiles: Tiles::Padded(amx::BF16),
+                ..base
+            },
+            _ => base,
+        }
+    }
+
+    /// Steps of a panel; what is behind `in_features` is zero.
+    pub(super) fn num_steps(&self, in_features: usize) -> usize {
+        in_features.div_ceil(self.features_per_step).next_multiple_of(self.step_multiple)
     }
 
     /// Cache lines of a step.
@@ -238,8 +310,13 @@ impl Kernel {
     /// Bytes from a row in the workspace to the next: whole cache lines, an odd number of them, so that the rows of a
     /// tile do not fall into the same sets of the level-1 cache.
     pub(super) fn activation_stride(&self, in_features: usize) -> usize {
-        let row_bytes = in_features.div_ceil(self.features_per_step) * self.activation_step_bytes;
+        let row_bytes = self.num_steps(in_features) * self.activation_step_bytes;
         (row_bytes.div_ceil(64) | 1) * 64
+    }
+
+    /// Whether a stretch can be unpacked once for all its tiles.
+    pub(super) fn unpacks(&self) -> bool {
+        self.unpacking.is_some()
     }
 
     /// Computes one tile of `num_rows` rows.
@@ -252,24 +329,25 @@ impl Kernel {
         unsafe { self.tiles.function(num_rows, tile)(tile) }
     }
 
-    /// As [`Kernel::run`], of a compact kernel; also leaves the tile's weights at `tile.unpacked`, plain.
+    /// As [`Kernel::run`], of a kernel that unpacks; also leaves the tile's weights at `tile.unpacked`.
     ///
     /// # Safety
     /// As for [`Kernel::run`]; `tile.unpacked` has room for the tile's steps.
     pub(super) unsafe fn run_unpacking(&self, num_rows: usize, tile: &Tile) {
-        let (unpacking, _) = self.unpacking.as_ref().expect("the kernel is compact");
+        let (unpacking, _) = self.unpacking.as_ref().expect("the kernel unpacks");
         // SAFETY: by contract.
         unsafe { unpacking.function(num_rows, tile)(tile) }
     }
 
-    /// As [`Kernel::run`], of a compact kernel, with weights that [`Kernel::run_unpacking`] left.
+    /// As [`Kernel::run`], of a kernel that unpacks, with weights that [`Kernel::run_unpacking`] left.
     ///
     /// # Safety
     /// As for [`Kernel::run`].
     pub(super) unsafe fn run_unpacked(&self, num_rows: usize, tile: &Tile) {
-        let (_, plain) = self.unpacking.as_ref().expect("the kernel is compact");
+        let (_, plain) = self.unpacking.as_ref().expect("the kernel unpacks");
+        let tile = Tile { weights: if self.is_compact { tile.unpacked } else { tile.weights }, ..*tile };
         // SAFETY: by contract.
-        unsafe { plain.function(num_rows, tile)(tile) }
+        unsafe { plain.function(num_rows, &tile)(&tile) }
     }
 }
 

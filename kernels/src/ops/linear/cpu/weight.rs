@@ -65,7 +65,7 @@ impl CpuWeight {
     }
 
     pub(super) fn num_steps(&self) -> usize {
-        self.shape.in_features.div_ceil(self.kernel.features_per_step)
+        self.kernel.num_steps(self.shape.in_features)
     }
 
     pub(super) fn panel_bytes(&self) -> usize {
@@ -175,7 +175,7 @@ pub(super) fn panels_bytes(kernel: &Kernel, shape: &WeightShape) -> usize {
         WeightLayout::Stacked => shape.out_features.div_ceil(kernel.panel_width),
         WeightLayout::GateUp => (shape.out_features / 2).div_ceil(kernel.panel_width / 2),
     };
-    num_panels.saturating_mul(shape.in_features.div_ceil(kernel.features_per_step)).saturating_mul(kernel.step_bytes)
+    num_panels.saturating_mul(kernel.num_steps(shape.in_features)).saturating_mul(kernel.step_bytes)
 }
 
 #[cfg(test)]
