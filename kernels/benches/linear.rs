@@ -1,7 +1,7 @@
 //! `linear` at the shapes of a small model, beside what the machine can do at most.
 //!
 //! A table first (the fast calls, since other work disturbs single ones), then criterion's statistics.
-//! `cargo bench --bench linear -- table` prints the table alone.
+//! `cargo bench --bench linear -- table` prints the table alone, `-- table/bf16` that of a format.
 
 use std::time::{Duration, Instant};
 
@@ -80,7 +80,7 @@ fn seconds_per_call(cases: &mut [Case], backend: &mut CpuBackend) -> f64 {
 }
 
 /// More than the largest cache, to be read between runs: a step reads all other weights before it comes back to one.
-const EVICT_BYTES: usize = 96 << 20;
+const EVICT_BYTES: usize = 1 << 30;
 
 fn main() {
     let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -104,7 +104,11 @@ fn main() {
         "{:>6} {:>5} {:>14} {:>10} {:>8} {:>6} {:>9} {:>6}",
         "format", "rows", "weight", "a call", "GB/s", "%", "GFLOP/s", "%"
     );
+    let named = std::env::args().find_map(|arg| arg.strip_prefix("table/").map(str::to_owned));
     for (name, format) in FORMATS {
+        if named.as_ref().is_some_and(|named| named != name) {
+            continue;
+        }
         let peak = match format {
             WeightFormat::Grouped(_) => limits.int8_ops_per_second,
             _ => limits.bf16_flops_per_second,

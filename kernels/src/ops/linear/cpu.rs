@@ -3,9 +3,10 @@
 //! Weights lie in panels of `panel_width` output features, one panel after the other, each a single sequential stream
 //! over `in_features` (see [`weight`]). The unit of work is a panel times a block of rows; every thread goes through a
 //! contiguous share of the units, so it streams its own part of the matrix once and in order, and helps others at the end. Inside a unit the panel is cut into
-//! stretches of `stretch_features` that stay in the level-2 cache while tiles of a few rows pass over them (see [`tile`]).
+//! stretches of [`K_BLOCK`] that stay in the level-2 cache while tiles of a few rows pass over them (see [`tile`]).
 //! Partial sums wait in f32 between stretches and are taken up again as the accumulator's start, so each output is one
-//! chain of additions over `in_features` in ascending order, however rows, stretches and threads are cut.
+//! chain of additions over `in_features` in ascending order, however rows, stretches and threads are cut. Kernels on tiles (AMX)
+//! have a walk of their own, see [`tiled`].
 //!
 //! Memory while serving: activations rounded to bf16 or to codes go to a workspace for [`MAX_PASS_ROWS`] rows of the widest
 //! weight packed so far, taken when that weight is packed. More rows than that take several passes over the weights,
@@ -19,6 +20,8 @@ mod fp8;
 mod grouped;
 mod pack;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tiled;
 mod weight;
 
 pub(crate) use pack::pack_weight;
@@ -32,21 +35,19 @@ use self::finish::Finish;
 use self::tile::{ActivationForm, Kernel, Tile};
 use super::Linear;
 use crate::KernelError;
-#[cfg(target_arch = "x86_64")]
-use crate::cpu::amx::Tiles;
 use crate::cpu::buffer::AlignedBytes;
 use crate::cpu::lanes::PREFETCH_AHEAD_BYTES;
 use crate::cpu::thread_pool::{SharedMut, split};
 use crate::cpu::{CpuBackend, Isa, ThreadPool};
 
-/// Rows of one pass over the weights: whole tiles.
+/// Rows of one pass over the weights.
 const MAX_PASS_ROWS: usize = 1024;
 
 /// Rows of one unit of work: their partial sums (48 KiB) stay in the level-2 cache beside a stretch of the panel.
 const MAX_UNIT_ROWS: usize = 192;
 
-/// The most input features of a stretch of bf16 weights: 128 KiB of a panel of 64.
-const MAX_STRETCH_FEATURES: usize = 1024;
+/// Input features of a stretch: 128 KiB of a bf16 panel of 64. Even.
+const K_BLOCK: usize = 1024;
 
 /// Activations that are rounded as one unit of work, some 3 microseconds: less is not worth waking another thread.
 const ROUND_UNIT_LEN: usize = 1 << 16;
@@ -55,24 +56,28 @@ const ROUND_UNIT_LEN: usize = 1 << 16;
 pub(crate) struct Workspace {
     /// Activations as the kernel reads them: `[MAX_PASS_ROWS]` rows of a padded stride.
     activations: AlignedBytes,
-    /// Partial sums of each thread's unit: `[num_threads][MAX_UNIT_ROWS * MAX_PANEL_WIDTH]` f32.
+    /// Partial sums of each thread's unit: `[num_threads][sums_len]` f32.
     sums: AlignedBytes,
-    /// A stretch of compact weights of each thread, unpacked: `[num_threads][UNPACKED_BYTES]`.
+    /// Weights of each thread, unpacked: `[num_threads][unpacked_bytes]`.
     unpacked: AlignedBytes,
+    /// Numbers of a thread's sums, and bytes of its unpacked weights.
+    sums_len: usize,
+    unpacked_bytes: usize,
 }
 
-/// Bytes of a stretch of bf16 weights.
-const UNPACKED_BYTES: usize = MAX_STRETCH_FEATURES / 2 * compact::PLAIN_STEP_BYTES;
-
-/// Numbers of one thread's share of [`Workspace::sums`].
-const SUMS_LEN: usize = MAX_UNIT_ROWS * tile::MAX_PANEL_WIDTH;
-
 impl Workspace {
-    pub(crate) fn new(num_threads: usize) -> Result<Self, KernelError> {
+    pub(crate) fn new(isa: Isa, num_threads: usize) -> Result<Self, KernelError> {
+        let (sums_len, unpacked_bytes) = match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => (tiled::SUMS_LEN, tiled::UNPACKED_BYTES),
+            _ => (MAX_UNIT_ROWS * tile::MAX_PANEL_WIDTH, K_BLOCK / 2 * compact::PLAIN_STEP_BYTES),
+        };
         Ok(Self {
             activations: AlignedBytes::zeroed("rounded activations", 0)?,
-            sums: AlignedBytes::zeroed("partial sums", num_threads * SUMS_LEN * size_of::<f32>())?,
-            unpacked: AlignedBytes::zeroed("unpacked weights", num_threads * UNPACKED_BYTES)?,
+            sums: AlignedBytes::zeroed("partial sums", num_threads * sums_len * size_of::<f32>())?,
+            unpacked: AlignedBytes::zeroed("unpacked weights", num_threads * unpacked_bytes)?,
+            sums_len,
+            unpacked_bytes,
         })
     }
 
@@ -81,6 +86,8 @@ impl Workspace {
     fn reserve(&mut self, kernel: &Kernel, in_features: usize) -> Result<(), KernelError> {
         let num_bytes = match kernel.activations {
             ActivationForm::Exact => 0,
+            #[cfg(target_arch = "x86_64")]
+            _ if kernel.tiled.is_some() => tiled::activation_bytes(kernel, in_features, MAX_PASS_ROWS),
             _ => MAX_PASS_ROWS * kernel.activation_stride(in_features),
         };
         if self.activations.len() < num_bytes {
@@ -133,6 +140,11 @@ fn pass(
     let in_features = weight.shape.in_features;
     let num_rows = x.len() / in_features;
     let kernel = &weight.kernel;
+    #[cfg(target_arch = "x86_64")]
+    if let Some(tiled) = kernel.tiled {
+        tiled::pass(pool, workspace, weight, tiled, x, finish, &SharedMut::new(out));
+        return;
+    }
     let activations = match kernel.activations {
         ActivationForm::Exact => Activations { first: x.as_ptr().cast(), stride: in_features * size_of::<f32>() },
         form => {
@@ -144,16 +156,17 @@ fn pass(
 
     let num_blocks = num_rows.div_ceil(MAX_UNIT_ROWS);
     let num_units = weight.num_panels() * num_blocks;
+    let (sums_len, unpacked_bytes) = (workspace.sums_len, workspace.unpacked_bytes);
     let sums = SharedMut::new(workspace.sums.view_mut::<f32>());
     let unpacked = SharedMut::new(workspace.unpacked.view_mut::<u8>());
     let out = SharedMut::new(out);
     pool.run_units(num_units, &|worker, unit| {
         // SAFETY: each worker has its own share of the sums, and does one unit at a time.
-        let sums = unsafe { sums.slice_mut(worker * SUMS_LEN..(worker + 1) * SUMS_LEN) };
+        let sums = unsafe { sums.slice_mut(worker * sums_len..(worker + 1) * sums_len) };
         // SAFETY: as above.
-        let unpacked = unsafe { unpacked.slice_mut(worker * UNPACKED_BYTES..(worker + 1) * UNPACKED_BYTES) };
+        let unpacked = unsafe { unpacked.slice_mut(worker * unpacked_bytes..(worker + 1) * unpacked_bytes) };
         let (panel, block) = (unit / num_blocks, unit % num_blocks);
-        let rows = split(num_rows, kernel.row_multiple * 2, block, num_blocks);
+        let rows = split(num_rows, 1, block, num_blocks);
         // SAFETY: the activations hold `num_rows` rows of the stride; units are disjoint in (panel, rows), and so are
         // the parts of `out` that they write.
         unsafe { compute_unit(weight, activations, panel, rows, finish, Scratch { sums, unpacked }, &out) };
@@ -196,11 +209,8 @@ unsafe fn compute_unit(
     let width = kernel.panel_width;
     let num_tiles = rows.len().div_ceil(kernel.max_tile_rows);
     let num_steps = weight.num_steps();
-    let unpacks = kernel.unpacks() && (kernel.uses_tiles || num_tiles >= compact::MIN_TILES_TO_UNPACK);
-    let num_stretches = num_steps.div_ceil(kernel.stretch_features / kernel.features_per_step);
-    // SAFETY: the kernel was made for what the machine has, and no tiles are held where units begin.
-    #[cfg(target_arch = "x86_64")]
-    let _tiles = kernel.uses_tiles.then(|| unsafe { Tiles::take() });
+    let unpacks = kernel.is_compact && num_tiles >= compact::MIN_TILES_TO_UNPACK;
+    let num_stretches = num_steps.div_ceil(K_BLOCK / kernel.features_per_step);
     let panel_start = weight.panel(panel);
     let unpacked = scratch.unpacked.as_mut_ptr();
     let beside = weight.beside(panel);
@@ -209,18 +219,17 @@ unsafe fn compute_unit(
     }
     let sum_scale = beside.map_or(1.0, Beside::sum_scale);
     for stretch in 0..num_stretches {
-        let steps = split(num_steps, kernel.step_multiple, stretch, num_stretches);
+        let steps = split(num_steps, 1, stretch, num_stretches);
         // SAFETY: inside the panel.
         let weights = unsafe { panel_start.add(steps.start * kernel.step_bytes) };
         let stretch_bytes = steps.len() * kernel.step_bytes;
         for index in 0..num_tiles {
-            let tile_rows = split(rows.len(), kernel.row_multiple, index, num_tiles);
-            let padded_rows = tile_rows.len().next_multiple_of(kernel.row_multiple);
-            let sums = &mut scratch.sums[tile_rows.start * width..][..padded_rows * width];
+            let tile_rows = split(rows.len(), 1, index, num_tiles);
+            let sums = &mut scratch.sums[tile_rows.start * width..tile_rows.end * width];
             // Each line is fetched ahead once. A tile alone fetches a little ahead in its own stream; of several, each
             // fetches its share of the stretch that comes next in memory, while this one is at work.
             let lines = split(kernel.lines_per_step(), 1, index, num_tiles);
-            let ahead = if num_tiles == 1 && !kernel.uses_tiles {
+            let ahead = if num_tiles == 1 {
                 PREFETCH_AHEAD_BYTES
             } else {
                 stretch_bytes + lines.start * stretch_bytes / kernel.lines_per_step()
@@ -233,7 +242,7 @@ unsafe fn compute_unit(
                         .first
                         .add(first_row * activations.stride + steps.start * kernel.activation_step_bytes),
                     activation_stride: activations.stride,
-                    weights,
+                    weights: if unpacks && index > 0 { unpacked } else { weights },
                     num_steps: steps.len(),
                     unpacked,
                     sums: sums.as_mut_ptr(),
@@ -250,7 +259,7 @@ unsafe fn compute_unit(
                 if stretch + 1 == num_stretches {
                     if let Some(beside) = beside {
                         let first = activations.first.add(first_row * activations.stride);
-                        beside.add_exceptions(first, activations.stride, width, &mut sums[..tile_rows.len() * width]);
+                        beside.add_exceptions(width, sums, activations.stride, |feature| first.add(feature * 2));
                     }
                     finish.run(panel, first_row..first_row + tile_rows.len(), sum_scale, sums, out);
                 }
@@ -282,7 +291,7 @@ fn round_activations(
                 (ActivationForm::Quantized { group_len }, _) => grouped::quantize_row(isa, group_len, x, target),
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the ISA is available; the stride has room for the row in whole vectors.
-                (form, Isa::Avx512Bf16 | Isa::Amx) => unsafe {
+                (form, Isa::Avx512Bf16) => unsafe {
                     let scale = if form == ActivationForm::ScaledBf16 { compact::ACTIVATION_SCALE } else { 1.0 };
                     tile::round_row_avx512(x, scale, target);
                 },

@@ -12,7 +12,7 @@
 //! both ends of f32. Scaling by powers of two rounds nothing: sums have the bits that plain weights give. (An activation
 //! beyond 2^64 overflows, and so does its product with an exception; the row is then not finite.)
 //!
-//! Four of the 16 bits are not used. A step is two features of 64 lanes, as with plain weights: four vectors of 32 numbers become
+//! Four of the 16 bits are not used. A step is two features of 64 lanes, or four of 32, as with plain weights: four vectors of 32 numbers become
 //! three lines `A`, `B`, `C` of 16-bit words, whose bits 11 to 14 together are the fourth vector's: bits 0 to 3 in `A`, 4 to
 //! 7 in `B`, 8 to 10 and the sign in `C`. Nothing moves between lanes.
 //!
@@ -97,9 +97,9 @@ impl Beside {
         1.0 / (self.window.scale() * ACTIVATION_SCALE)
     }
 
-    /// The number at a lane (of 64) and a feature (0 or 1) of a step; zero for an exception.
-    pub(super) fn number(&self, step: &[u8], lane: usize, feature: usize) -> u16 {
-        let (vector, place) = (lane / LANES, lane % LANES * 2 + feature);
+    /// The number at a lane (of `width`) and a feature of a step; zero for an exception.
+    pub(super) fn number(&self, step: &[u8], width: usize, lane: usize, feature: usize) -> u16 {
+        let (vector, place) = (vector(width, lane, feature), lane % LANES * 2 + feature % 2);
         let word = |line: usize| {
             let at = (line * LINE_LEN + place) * 2;
             u16::from_ne_bytes([step[at], step[at + 1]])
@@ -115,23 +115,35 @@ impl Beside {
         }
     }
 
-    /// Adds the exceptions' products to finished sums of a tile, before those are scaled.
+    /// Adds the exceptions' products to finished sums, `[rows][width]`, before those are scaled.
     ///
     /// # Safety
-    /// `activations` points to the first feature of rows of bf16, `stride` bytes apart and at least as many as `sums`,
-    /// `[rows][width]`, has; they hold every exception's feature.
-    pub(super) unsafe fn add_exceptions(&self, activations: *const u8, stride: usize, width: usize, sums: &mut [f32]) {
+    /// `x` gives, for every exception's feature, where the first row has it in bf16; the other rows' lie `stride` bytes apart.
+    #[inline(always)]
+    pub(super) unsafe fn add_exceptions(
+        &self,
+        width: usize,
+        sums: &mut [f32],
+        stride: usize,
+        x: impl Fn(usize) -> *const u8,
+    ) {
         let scale = self.window.scale();
         for &Exception { feature, lane, bits } in &self.exceptions {
             let weight = from_bf16(bits);
+            let first = x(feature as usize);
             for (row, sums) in sums.chunks_exact_mut(width).enumerate() {
                 // SAFETY: by contract.
-                let x = unsafe { activations.add(row * stride).cast::<u16>().add(feature as usize).read() };
+                let x = unsafe { first.add(row * stride).cast::<u16>().read() };
                 // A product of two bf16 is exact in f32.
                 sums[usize::from(lane)] += from_bf16(x) * weight * scale;
             }
         }
     }
+}
+
+/// Which of a step's four vectors holds a lane's feature.
+fn vector(width: usize, lane: usize, feature: usize) -> usize {
+    feature / 2 * (width / LANES) + lane / LANES
 }
 
 fn from_bf16(bits: u16) -> f32 {
@@ -180,15 +192,16 @@ impl Window {
         is_held.then_some(bits & (SIGN | FRACTION) | exponent_code << FRACTION_BITS)
     }
 
-    /// Puts pairs of numbers, one for each of 16 lanes from `first_lane` on, into a step that is zero there. Numbers outside
-    /// the window become exceptions of features `first_feature` and the one after it.
+    /// Puts pairs of numbers, one for each of 16 lanes (of `width`) from `first_lane` on, into a step that is zero there.
+    /// `first_feature` is the first of a pair, and `step_features` are those of a step. Numbers outside the window become
+    /// exceptions.
     #[inline(always)]
     pub(super) fn put(
         self,
         pairs: &[u32; LANES],
         step: &mut [u8],
-        first_lane: usize,
-        first_feature: usize,
+        (width, first_lane): (usize, usize),
+        (step_features, first_feature): (usize, usize),
         exceptions: &mut Vec<Exception>,
     ) {
         let mut numbers = [0_u16; LINE_LEN];
@@ -217,7 +230,7 @@ impl Window {
                 *target = (u16::from_ne_bytes(*target) | part(number)).to_ne_bytes();
             }
         };
-        match first_lane / LANES {
+        match vector(width, first_lane, first_feature % step_features) {
             3 => {
                 or(0, |number| (number & 15) << SPARE_BIT);
                 or(1, |number| (number >> 4 & 15) << SPARE_BIT);
@@ -326,9 +339,9 @@ mod tests {
         let mut step = [0; STEP_BYTES];
         let mut beside = Beside::new(window);
         for (group, pairs) in pairs.as_chunks::<LANES>().0.iter().enumerate() {
-            window.put(pairs, &mut step, group * LANES, 6, &mut beside.exceptions);
+            window.put(pairs, &mut step, (64, group * LANES), (2, 6), &mut beside.exceptions);
         }
-        let number = |lane, feature| u32::from(beside.number(&step, lane, feature));
+        let number = |lane, feature| u32::from(beside.number(&step, 64, lane, feature));
         ((0..64).map(|lane| number(lane, 0) | number(lane, 1) << 16).collect(), beside.exceptions)
     }
 

@@ -23,7 +23,11 @@ const NUM_WORDS: usize = LONG_GROUP_LEN / 4;
 
 /// Outputs of a panel.
 pub(super) const fn panel_width(isa: Isa) -> usize {
-    if isa.is_avx512() { 64 } else { LANES }
+    match isa {
+        Isa::Amx => 32,
+        _ if isa.is_avx512() => 64,
+        _ => LANES,
+    }
 }
 
 /// Bytes of the codes of a step.
@@ -45,7 +49,7 @@ pub(super) fn word(codes: [u8; 4]) -> u32 {
     u32::from_le_bytes(PLACES.map(|place| codes[place]))
 }
 
-/// The scales of a step behind `weights`, in panels of 64.
+/// The scales of a step behind `weights`, in panels for tiles.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) fn scales(weights: *const u8, step: usize) -> *const f32 {
@@ -103,38 +107,40 @@ unsafe fn portable<const R: usize>(tile: &Tile) {
     vectorize(Isa::Portable, Rows::<R, 1, false>(tile));
 }
 
-/// Unpacks a tile's weights to pairs of bf16 as they lie in plain panels of 64. Made where the contract of `Kernel::run` holds.
+/// Unpacks a step to pairs of bf16 as they lie in plain panels for tiles, and asks for as many bytes from `ahead` on. Made
+/// where a step can be read at `step`, and `room` has room for its pairs.
 #[cfg(target_arch = "x86_64")]
-pub(super) struct Unpack<'a>(pub(super) &'a Tile);
+pub(super) struct Unpack {
+    pub(super) step: *const u8,
+    pub(super) room: *mut u8,
+    pub(super) ahead: *const u8,
+}
 
 #[cfg(target_arch = "x86_64")]
-impl Vectorized for Unpack<'_> {
+impl Vectorized for Unpack {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) {
-        const WIDTH: usize = 64;
-        let tile = self.0;
-        let mut ahead = tile.prefetch;
-        let mut unpacked = tile.unpacked.cast::<u32>();
-        for step in 0..tile.num_steps {
-            let codes = tile.weights.wrapping_add(step * step_bytes(Isa::Amx)).cast::<u32>();
-            for word in 0..NUM_WORDS {
-                // Little by little: only some two dozen lines can be on their way to a core.
-                for _ in word * tile.num_lines / NUM_WORDS..(word + 1) * tile.num_lines / NUM_WORDS {
-                    prefetch(ahead);
-                    ahead = ahead.wrapping_add(64);
-                }
-                for first in (0..WIDTH).step_by(LANES) {
-                    // SAFETY: a step holds so many words, and as many pairs twice over have room.
-                    unsafe {
-                        let [low, high] = simd.unpack_e4m3(simd.load_pairs(codes.add(word * WIDTH + first)));
-                        simd.store_pairs(unpacked.add(first), low);
-                        simd.store_pairs(unpacked.add(WIDTH + first), high);
-                    }
-                }
-                unpacked = unpacked.wrapping_add(2 * WIDTH);
+        const WIDTH: usize = panel_width(Isa::Amx);
+        const NUM_LINES: usize = step_bytes(Isa::Amx) / 64;
+        let Self { step, room, mut ahead } = self;
+        let (codes, mut room) = (step.cast::<u32>(), room.cast::<u32>());
+        for word in 0..NUM_WORDS {
+            // Little by little: only some two dozen lines can be on their way to a core.
+            for _ in word * NUM_LINES / NUM_WORDS..(word + 1) * NUM_LINES / NUM_WORDS {
+                prefetch_early(ahead);
+                ahead = ahead.wrapping_add(64);
             }
+            for first in (0..WIDTH).step_by(LANES) {
+                // SAFETY: by whoever made it.
+                unsafe {
+                    let [low, high] = simd.unpack_e4m3(simd.load_pairs(codes.add(word * WIDTH + first)));
+                    simd.store_pairs(room.add(first), low);
+                    simd.store_pairs(room.add(WIDTH + first), high);
+                }
+            }
+            room = room.wrapping_add(2 * WIDTH);
         }
     }
 }

@@ -111,7 +111,7 @@ impl Vectorized for PackPanel<'_> {
             _ => kernel.step_bytes,
         };
         // Words of a lane in a step, and of a block.
-        let step_words = if kernel.is_compact { 1 } else { code_bytes / (width * 4) };
+        let step_words = if kernel.is_compact { kernel.features_per_step / 2 } else { code_bytes / (width * 4) };
         let block_words = PACK_BLOCK / kernel.features_per_step * step_words;
         let mut stage = Stage { words: [[0; STAGE_WORDS]; LANES], numbers: [0.0; PACK_BLOCK] };
         let window = beside.as_deref_mut().map(|beside| {
@@ -162,7 +162,8 @@ impl Vectorized for PackPanel<'_> {
                         let (step, word) = (word / step_words, word % step_words);
                         if let (Some(window), Some(beside)) = (window, beside.as_deref_mut()) {
                             let target = &mut target[step * kernel.step_bytes..][..kernel.step_bytes];
-                            window.put(turned, target, first_lane, 2 * step, &mut beside.exceptions);
+                            let features = (kernel.features_per_step, 2 * (step * step_words + word));
+                            window.put(turned, target, (width, first_lane), features, &mut beside.exceptions);
                             continue;
                         }
                         let at = step * kernel.step_bytes + (word * width + first_lane) * 4;

@@ -2,7 +2,7 @@
 //!
 //! | kernel        | panel | tile | a step is        | weights of a step          |
 //! |---------------|-------|------|------------------|----------------------------|
-//! | AMX, bf16     | 64    | 32x64 | two features    | as the next, see [`amx`] |
+//! | AMX, bf16 and fp8 | 32 | 32x32 | four features   | as the next; see [`super::tiled`] |
 //! | AVX-512 BF16, bf16 | 64 | 6x64 | two features    | `[64][2]` in 12 bits each ([`compact`]), or plain; `vdpbf16ps` |
 //! | AVX-512, bf16 | 64    | 6x64 | two features     | `[64][2]` bf16, widened, FMA |
 //! | AVX-512, f32  | 64    | 6x64 | one feature      | `[64]` f32, FMA            |
@@ -24,14 +24,13 @@ use std::arch::x86_64::*;
 use super::amx;
 #[cfg(target_arch = "x86_64")]
 use super::compact::{avx512_pairs as avx512_compact_pairs, avx512_unpacking};
+#[cfg(target_arch = "x86_64")]
+use super::tiled::{self, TiledKernel};
 use super::{compact, fp8, grouped};
 use crate::WeightFormat;
 use crate::cpu::Isa;
 use crate::cpu::lanes::bf16_bits;
 use crate::weight_format::LONG_GROUP_LEN;
-
-/// Rows of a tile of [`Tiles::Padded`].
-pub(super) const TILE_ROWS: usize = 16;
 
 /// The widest panel of any kernel.
 pub(super) const MAX_PANEL_WIDTH: usize = 64;
@@ -113,14 +112,10 @@ pub(super) enum ActivationForm {
 pub(super) struct Kernel {
     pub(super) panel_width: usize,
     pub(super) max_tile_rows: usize,
-    /// Input features of a stretch, whose weights stay in a cache while tiles of rows pass over them.
-    pub(super) stretch_features: usize,
-    /// Rows of different tiles, and of different units, are multiples of this apart.
-    pub(super) row_multiple: usize,
-    /// A panel has a multiple of so many steps, as has a stretch.
+    /// A panel has a multiple of so many steps.
     pub(super) step_multiple: usize,
-    /// Whether it works on the tiles of a thread, [`crate::cpu::amx`].
-    pub(super) uses_tiles: bool,
+    /// The micro-kernels on tiles, which are used for all rows where there are some.
+    pub(super) tiled: Option<&'static TiledKernel>,
     /// Input features of a step: 2 where pairs are interleaved, a group where they share a scale.
     pub(super) features_per_step: usize,
     /// Bytes of one step of a panel: whole cache lines.
@@ -131,7 +126,7 @@ pub(super) struct Kernel {
     /// Whether weights lie in 12 bits a number, see [`compact`].
     pub(super) is_compact: bool,
     tiles: Tiles,
-    /// Those that unpack for others, and the others.
+    /// Those of a compact kernel that unpack for others, and the others.
     unpacking: Option<(Tiles, Tiles)>,
 }
 
@@ -141,8 +136,6 @@ enum Tiles {
     /// By lines fetched ahead per step, too.
     Dense(&'static [[TileFn; 6]; 5]),
     Grouped(&'static [TileFn]),
-    /// By tiles of [`TILE_ROWS`] rows, of which the last need not be full.
-    Padded(&'static [TileFn]),
 }
 
 impl Tiles {
@@ -150,7 +143,6 @@ impl Tiles {
         match self {
             Self::Dense(tiles) => tiles[tile.num_lines][num_rows - 1],
             Self::Grouped(tiles) => tiles[num_rows - 1],
-            Self::Padded(tiles) => tiles[(num_rows - 1) / TILE_ROWS],
         }
     }
 }
@@ -174,7 +166,7 @@ impl Kernel {
                 step_bytes: compact::STEP_BYTES,
                 is_compact: true,
                 activations: ActivationForm::ScaledBf16,
-                unpacking: Some((Tiles::Padded(amx::COMPACT), plain.tiles)),
+                tiled: Some(&amx::COMPACT),
                 ..plain
             },
             _ => plain,
@@ -186,15 +178,13 @@ impl Kernel {
         let base = Self {
             panel_width: 16,
             max_tile_rows: 4,
-            stretch_features: 1024,
-            row_multiple: 1,
             step_multiple: 1,
             features_per_step: 1,
             step_bytes: 64,
             activations: ActivationForm::Exact,
             activation_step_bytes: 4,
             is_compact: false,
-            uses_tiles: false,
+            tiled: None,
             tiles: Tiles::Dense(&[tiles!(portable, false); 5]),
             unpacking: None,
         };
@@ -219,8 +209,7 @@ impl Kernel {
                 step_bytes: fp8::step_bytes(isa),
                 activation_step_bytes: LONG_GROUP_LEN * 2,
                 step_multiple: 1,
-                tiles: Tiles::Padded(amx::FP8),
-                unpacking: Some((Tiles::Padded(amx::FP8), Tiles::Padded(amx::UNPACKED_FP8))),
+                tiled: Some(&amx::FP8),
                 ..Self::plain_bf16(isa, base)
             },
             WeightFormat::Fp8 => {
@@ -282,15 +271,12 @@ impl Kernel {
             },
             #[cfg(target_arch = "x86_64")]
             Isa::Amx => Self {
-                panel_width: 64,
-                max_tile_rows: amx::MAX_ROWS,
-                stretch_features: amx::STRETCH_FEATURES,
-                row_multiple: TILE_ROWS,
+                panel_width: tiled::WIDTH,
+                features_per_step: amx::STEP_FEATURES,
                 step_multiple: amx::TILE_STEPS,
-                step_bytes: 256,
-                activation_step_bytes: 4,
-                uses_tiles: true,
-                tiles: Tiles::Padded(amx::BF16),
+                step_bytes: amx::STEP_BYTES,
+                activation_step_bytes: amx::STEP_FEATURES * 2,
+                tiled: Some(&amx::BF16),
                 ..base
             },
             _ => base,
@@ -314,11 +300,6 @@ impl Kernel {
         (row_bytes.div_ceil(64) | 1) * 64
     }
 
-    /// Whether a stretch can be unpacked once for all its tiles.
-    pub(super) fn unpacks(&self) -> bool {
-        self.unpacking.is_some()
-    }
-
     /// Computes one tile of `num_rows` rows.
     ///
     /// # Safety
@@ -329,25 +310,24 @@ impl Kernel {
         unsafe { self.tiles.function(num_rows, tile)(tile) }
     }
 
-    /// As [`Kernel::run`], of a kernel that unpacks; also leaves the tile's weights at `tile.unpacked`.
+    /// As [`Kernel::run`], of a compact kernel; also leaves the tile's weights at `tile.unpacked`, plain.
     ///
     /// # Safety
     /// As for [`Kernel::run`]; `tile.unpacked` has room for the tile's steps.
     pub(super) unsafe fn run_unpacking(&self, num_rows: usize, tile: &Tile) {
-        let (unpacking, _) = self.unpacking.as_ref().expect("the kernel unpacks");
+        let (unpacking, _) = self.unpacking.as_ref().expect("the kernel is compact");
         // SAFETY: by contract.
         unsafe { unpacking.function(num_rows, tile)(tile) }
     }
 
-    /// As [`Kernel::run`], of a kernel that unpacks, with weights that [`Kernel::run_unpacking`] left.
+    /// As [`Kernel::run`], of a compact kernel, with weights that [`Kernel::run_unpacking`] left.
     ///
     /// # Safety
     /// As for [`Kernel::run`].
     pub(super) unsafe fn run_unpacked(&self, num_rows: usize, tile: &Tile) {
-        let (_, plain) = self.unpacking.as_ref().expect("the kernel unpacks");
-        let tile = Tile { weights: if self.is_compact { tile.unpacked } else { tile.weights }, ..*tile };
+        let (_, plain) = self.unpacking.as_ref().expect("the kernel is compact");
         // SAFETY: by contract.
-        unsafe { plain.function(num_rows, &tile)(&tile) }
+        unsafe { plain.function(num_rows, tile)(tile) }
     }
 }
 

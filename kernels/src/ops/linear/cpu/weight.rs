@@ -102,9 +102,9 @@ impl CpuWeight {
             WeightFormat::Bf16 if self.kernel.is_compact => {
                 let beside = &self.beside[panel];
                 let steps = self.panels.view::<u8>()[start..].chunks_exact(self.kernel.step_bytes);
-                for (out, step) in out.chunks_mut(2).zip(steps) {
+                for (out, step) in out.chunks_mut(self.kernel.features_per_step).zip(steps) {
                     for (feature, out) in out.iter_mut().enumerate() {
-                        *out = f32::from_bits(u32::from(beside.number(step, lane, feature)) << 16);
+                        *out = f32::from_bits(u32::from(beside.number(step, width, lane, feature)) << 16);
                     }
                 }
                 for exception in beside.exceptions.iter().filter(|exception| usize::from(exception.lane) == lane) {

@@ -1,0 +1,301 @@
+//! The walk over a matrix for kernels on tiles ([`super::amx`]), which multiply faster than a level-2 cache can deliver.
+//!
+//! * Few rows wait for the weights: a unit of work is a panel, gone through once from its beginning to its end. What is unpacked
+//!   goes to a few tiles' room and is taken from there at once.
+//! * More rows wait for both: a unit is a panel times all rows. The first rows go through a long stretch of the panel and leave it
+//!   unpacked for the others.
+//! * Many rows wait for activations: a unit is a group of panels times a block of rows, which pass over short stretches of all the
+//!   panels, so that activations are fetched once for the group. A stretch of one panel and that of a few rows fit the
+//!   level-1 cache.
+//!
+//! Activations lie in tiles: of each 16 rows the first 64 bytes, then the next 64, so that they are read in order.
+//! Either walk adds each output's products in the same order.
+
+use std::ops::Range;
+
+use super::compact::Beside;
+use super::finish::Finish;
+use super::tile::{ActivationForm, Kernel};
+use super::weight::CpuWeight;
+use super::{ROUND_UNIT_LEN, Workspace, compact, tile};
+use crate::cpu::ThreadPool;
+use crate::cpu::amx::{ROW_BYTES, TILE_ROWS, Tiles};
+use crate::cpu::thread_pool::{SharedMut, split};
+
+/// Rows of one call of a kernel.
+const CALL_ROWS: usize = 2 * TILE_ROWS;
+
+/// Rows up to which a unit is a panel.
+const MAX_PANEL_ROWS: usize = 128;
+
+/// Rows of a unit, of many.
+const MAX_UNIT_ROWS: usize = 512;
+
+/// Panels of a unit, of many rows.
+const MAX_GROUP_LEN: usize = 4;
+
+/// Input features of a stretch of a unit that is a panel, and of one that is a group.
+const PANEL_STRETCH: usize = 2048;
+const GROUP_STRETCH: usize = 256;
+
+/// Units that each thread should find, so that all are done at about the same time.
+const UNITS_PER_THREAD: usize = 4;
+
+/// Bytes of A tiles beside each other.
+const TILE_BYTES: usize = TILE_ROWS * ROW_BYTES;
+
+/// Outputs of a panel.
+pub(super) const WIDTH: usize = 32;
+
+/// Numbers of a thread's sums, and bytes of its unpacked weights.
+pub(super) const SUMS_LEN: usize = MAX_UNIT_ROWS * MAX_GROUP_LEN * WIDTH;
+pub(super) const UNPACKED_BYTES: usize = PANEL_STRETCH * WIDTH * 2;
+
+const _: () = assert!(MAX_GROUP_LEN * GROUP_STRETCH <= PANEL_STRETCH && MAX_PANEL_ROWS <= MAX_UNIT_ROWS);
+
+/// The micro-kernels of a format.
+#[derive(Clone, Copy)]
+pub(super) struct TiledKernel {
+    /// Few rows times a whole panel. By tiles of rows - 1, as the others.
+    pub(super) alone: [CallFn; 2],
+    /// Rows times a stretch of a panel, which is left unpacked for others. `None` where there is nothing to unpack.
+    pub(super) unpacking: Option<[CallFn; 2]>,
+    /// Rows times a stretch of a panel that is unpacked.
+    pub(super) multiply: [CallFn; 2],
+    /// Input features that stretches are multiples of.
+    pub(super) grain: usize,
+}
+
+/// # Safety
+/// All that the call points to is there in the sizes that its numbers and the kernel's give; the thread holds
+/// [`Tiles`].
+pub(super) type CallFn = unsafe fn(&Call);
+
+/// The arguments of a micro-kernel.
+pub(super) struct Call {
+    /// The first A tile.
+    pub(super) activations: *const u8,
+    /// Bytes to the first A tile of the next 16 rows.
+    pub(super) activation_stride: usize,
+    /// The panel as it lies, from the first step on.
+    pub(super) weights: *const u8,
+    pub(super) num_steps: usize,
+    /// What was unpacked, or room for it. The weights themselves where there is nothing to unpack.
+    pub(super) unpacked: *mut u8,
+    /// `[rows, in whole tiles][WIDTH]`, in and out.
+    pub(super) sums: *mut f32,
+    /// Whether `sums` holds the chains so far; else they start at zero.
+    pub(super) continues: bool,
+}
+
+/// Activations in tiles.
+#[derive(Clone, Copy)]
+struct Activations {
+    first: *const u8,
+    /// Bytes of 16 rows.
+    stride: usize,
+}
+
+// SAFETY: only read, and not written while the job runs that reads them.
+unsafe impl Sync for Activations {}
+// SAFETY: as above.
+unsafe impl Send for Activations {}
+
+impl Activations {
+    /// The A tiles of a row, which is the first of 16.
+    fn tiles(&self, row: usize) -> *const u8 {
+        self.first.wrapping_add(row / TILE_ROWS * self.stride)
+    }
+}
+
+/// Bytes of the activations of `num_rows` rows.
+pub(super) fn activation_bytes(kernel: &Kernel, in_features: usize, num_rows: usize) -> usize {
+    num_rows.div_ceil(TILE_ROWS) * activation_stride(kernel, in_features)
+}
+
+/// Bytes of 16 rows: rows of whole tiles.
+fn activation_stride(kernel: &Kernel, in_features: usize) -> usize {
+    (kernel.num_steps(in_features) * kernel.activation_step_bytes).next_multiple_of(ROW_BYTES) * TILE_ROWS
+}
+
+/// The rows of `x` times the weight, into `out`.
+pub(super) fn pass(
+    pool: &ThreadPool,
+    workspace: &mut Workspace,
+    weight: &CpuWeight,
+    tiled: &TiledKernel,
+    x: &[f32],
+    finish: &Finish<'_>,
+    out: &SharedMut<'_, f32>,
+) {
+    let in_features = weight.shape.in_features;
+    let num_rows = x.len() / in_features;
+    let stride = activation_stride(&weight.kernel, in_features);
+    round(pool, weight.kernel.activations, x, in_features, stride, workspace.activations.view_mut::<u8>());
+    let activations = Activations { first: workspace.activations.as_ptr(), stride };
+    let (sums_len, unpacked_bytes) = (workspace.sums_len, workspace.unpacked_bytes);
+    let sums = SharedMut::new(workspace.sums.view_mut::<f32>());
+    let unpacked = SharedMut::new(workspace.unpacked.view_mut::<u8>());
+    let num_panels = weight.num_panels();
+    let wanted_units = UNITS_PER_THREAD * pool.num_threads();
+    let is_alone = num_rows <= CALL_ROWS;
+    let (group_len, stretch) = if num_rows <= MAX_PANEL_ROWS {
+        (1, PANEL_STRETCH)
+    } else {
+        ((num_panels / wanted_units).clamp(1, MAX_GROUP_LEN), GROUP_STRETCH)
+    };
+    let num_groups = num_panels.div_ceil(group_len);
+    let num_blocks = num_rows.div_ceil(MAX_UNIT_ROWS);
+    let shared = Shared { weight, tiled, activations, finish, out, stretch };
+    pool.run_units(num_groups * num_blocks, &|worker, unit| {
+        // SAFETY: each worker has its own share of these, and does one unit at a time.
+        let (sums, unpacked) = unsafe {
+            (
+                sums.slice_mut(worker * sums_len..(worker + 1) * sums_len),
+                unpacked.slice_mut(worker * unpacked_bytes..(worker + 1) * unpacked_bytes),
+            )
+        };
+        // SAFETY: the kernel was made for what the machine has, and a worker that begins a unit holds no tiles.
+        let _tiles = unsafe { Tiles::take() };
+        // SAFETY: units are disjoint in (panel, rows), and so are the parts of `out` that they write.
+        unsafe {
+            if is_alone {
+                shared.alone(unit, num_rows, sums, unpacked);
+            } else {
+                let panels = split(num_panels, 1, unit / num_blocks, num_groups);
+                let rows = split(num_rows, CALL_ROWS, unit % num_blocks, num_blocks);
+                shared.group(panels, rows, sums, unpacked);
+            }
+        }
+    });
+}
+
+struct Shared<'a> {
+    weight: &'a CpuWeight,
+    tiled: &'a TiledKernel,
+    activations: Activations,
+    finish: &'a Finish<'a>,
+    out: &'a SharedMut<'a, f32>,
+    /// Input features of a stretch.
+    stretch: usize,
+}
+
+impl Shared<'_> {
+    /// All rows, at most [`CALL_ROWS`], times a panel.
+    ///
+    /// # Safety
+    /// No other thread writes this panel's columns; the thread holds [`Tiles`].
+    unsafe fn alone(&self, panel: usize, num_rows: usize, sums: &mut [f32], unpacked: &mut [u8]) {
+        let Self { weight, tiled, activations, .. } = *self;
+        let start = weight.panel(panel);
+        let beside = weight.beside(panel);
+        if let Some(beside) = beside {
+            beside.fetch_ahead();
+        }
+        let call = Call {
+            activations: activations.first,
+            activation_stride: activations.stride,
+            weights: start,
+            num_steps: weight.num_steps(),
+            unpacked: if tiled.unpacking.is_some() { unpacked.as_mut_ptr() } else { start.cast_mut() },
+            sums: sums.as_mut_ptr(),
+            continues: false,
+        };
+        // SAFETY: by contract; sums have room for whole tiles.
+        unsafe {
+            tiled.alone[(num_rows - 1) / TILE_ROWS](&call);
+            self.finish(panel, 0..num_rows, sums);
+        }
+    }
+
+    /// A block of rows times a group of panels.
+    ///
+    /// # Safety
+    /// No other thread writes these panels' columns of these rows; the thread holds [`Tiles`]. `rows` begins with a tile.
+    unsafe fn group(&self, panels: Range<usize>, rows: Range<usize>, sums: &mut [f32], unpacked: &mut [u8]) {
+        let Self { weight, tiled, activations, .. } = *self;
+        let kernel = &weight.kernel;
+        let grain = (tiled.grain / kernel.features_per_step).max(1);
+        let num_steps = weight.num_steps();
+        let num_stretches = num_steps.div_ceil(self.stretch / kernel.features_per_step);
+        let num_calls = rows.len().div_ceil(CALL_ROWS);
+        let panel_sums = num_calls * CALL_ROWS * WIDTH;
+        let room = self.stretch * WIDTH * 2;
+        for stretch in 0..num_stretches {
+            let steps = split(num_steps, grain, stretch, num_stretches);
+            let start = |panel: usize| weight.panel(panel).wrapping_add(steps.start * kernel.step_bytes);
+            let first_tile = steps.start * kernel.activation_step_bytes * TILE_ROWS;
+            for index in 0..num_calls {
+                let call_rows = rows.start + index * CALL_ROWS..rows.end.min(rows.start + (index + 1) * CALL_ROWS);
+                for (group, panel) in panels.clone().enumerate() {
+                    let sums = &mut sums[group * panel_sums..][index * CALL_ROWS * WIDTH..][..CALL_ROWS * WIDTH];
+                    let weights = start(panel);
+                    let unpacked = match tiled.unpacking {
+                        Some(_) => unpacked[group * room..][..room].as_mut_ptr(),
+                        None => weights.cast_mut(),
+                    };
+                    let calls = tiled.unpacking.filter(|_| index == 0).unwrap_or(tiled.multiply);
+                    let call = Call {
+                        activations: activations.tiles(call_rows.start).wrapping_add(first_tile),
+                        activation_stride: activations.stride,
+                        weights,
+                        num_steps: steps.len(),
+                        unpacked,
+                        sums: sums.as_mut_ptr(),
+                        continues: stretch > 0,
+                    };
+                    // SAFETY: by contract; rows and steps lie inside activations and panel.
+                    unsafe {
+                        calls[(call_rows.len() - 1) / TILE_ROWS](&call);
+                        if stretch + 1 == num_stretches {
+                            self.finish(panel, call_rows.clone(), sums);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds what is beside the panel to finished sums of `rows`, and writes outputs.
+    ///
+    /// # Safety
+    /// No other thread writes this panel's columns of these rows.
+    unsafe fn finish(&self, panel: usize, rows: Range<usize>, sums: &mut [f32]) {
+        let beside = self.weight.beside(panel);
+        let sums = &mut sums[..rows.len() * WIDTH];
+        if let Some(beside) = beside {
+            for (index, sums) in sums.chunks_mut(TILE_ROWS * WIDTH).enumerate() {
+                let tiles = self.activations.tiles(rows.start + index * TILE_ROWS);
+                let x =
+                    |feature: usize| tiles.wrapping_add(feature * 2 / ROW_BYTES * TILE_BYTES + feature * 2 % ROW_BYTES);
+                // SAFETY: the rows are among the activations, and features of exceptions are the weight's.
+                unsafe { beside.add_exceptions(WIDTH, sums, ROW_BYTES, x) };
+            }
+        }
+        let sum_scale = beside.map_or(1.0, Beside::sum_scale);
+        // SAFETY: by contract.
+        unsafe { self.finish.run(panel, rows, sum_scale, sums, self.out) };
+    }
+}
+
+/// Rounds the rows of `x` into tiles.
+fn round(pool: &ThreadPool, form: ActivationForm, x: &[f32], in_features: usize, stride: usize, target: &mut [u8]) {
+    let scale = if form == ActivationForm::ScaledBf16 { compact::ACTIVATION_SCALE } else { 1.0 };
+    let num_rows = x.len() / in_features;
+    let target = SharedMut::new(target);
+    let unit_rows = (ROUND_UNIT_LEN / in_features).max(1);
+    pool.run_units(num_rows.div_ceil(unit_rows), &|_, unit| {
+        for row in unit * unit_rows..num_rows.min((unit + 1) * unit_rows) {
+            let x = &x[row * in_features..][..in_features];
+            let first = row / TILE_ROWS * stride + row % TILE_ROWS * ROW_BYTES;
+            for depth in 0..stride / TILE_BYTES {
+                let x = x.get(depth * ROW_BYTES / 2..).unwrap_or_default();
+                let start = first + depth * TILE_BYTES;
+                // SAFETY: rows have lines of their own.
+                let line = unsafe { target.slice_mut(start..start + ROW_BYTES) };
+                // SAFETY: whoever has tiles has AVX-512 with bf16; a line is one vector.
+                unsafe { tile::round_row_avx512(&x[..x.len().min(ROW_BYTES / 2)], scale, line) };
+            }
+        }
+    });
+}
