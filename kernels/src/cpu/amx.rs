@@ -56,7 +56,7 @@ struct Config {
 
 const NUM_TILES: usize = 8;
 
-/// A thread's tiles, all zero at first and full: 16 rows of 64 bytes. Given back when it is dropped, so that the system need
+/// A thread's tiles, all zero at first. Given back when it is dropped, so that the system need
 /// not save them.
 pub(crate) struct Tiles {
     /// Tiles stay with their thread.
@@ -64,14 +64,18 @@ pub(crate) struct Tiles {
 }
 
 impl Tiles {
-    /// Some 50 ns with the giving back.
+    /// Some 50 ns with the giving back. Tiles 4 and 5 have rows of `depth` words, 6 and 7 so many rows, as products of that depth
+    /// need them; all else is full.
     ///
     /// # Safety
     /// [`is_available`]; this thread holds no other.
-    pub(crate) unsafe fn take() -> Self {
+    pub(crate) unsafe fn take(depth: u8) -> Self {
+        debug_assert!(usize::from(depth) <= TILE_ROWS);
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         config.row_bytes[..NUM_TILES].fill(ROW_BYTES as u16);
         config.rows[..NUM_TILES].fill(TILE_ROWS as u8);
+        config.row_bytes[4..6].fill(u16::from(depth) * 4);
+        config.rows[6..8].fill(depth);
         // SAFETY: the instruction is there, by contract, and reads 64 bytes.
         unsafe {
             asm!(

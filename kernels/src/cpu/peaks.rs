@@ -211,7 +211,7 @@ mod x86 {
     pub(super) unsafe fn bf16_amx() {
         // SAFETY: by contract; nothing here holds tiles already.
         unsafe {
-            let _tiles = Tiles::take();
+            let _tiles = Tiles::take(TILE_ROWS as u8);
             for _ in 0..NUM_ROUNDS {
                 tile!(bf16 "tmm0", "tmm4", "tmm6");
                 tile!(bf16 "tmm1", "tmm4", "tmm7");
@@ -226,7 +226,7 @@ mod x86 {
     pub(super) unsafe fn int8_amx() {
         // SAFETY: as above.
         unsafe {
-            let _tiles = Tiles::take();
+            let _tiles = Tiles::take(TILE_ROWS as u8);
             for _ in 0..NUM_ROUNDS {
                 tile!(i8u8 "tmm0", "tmm4", "tmm6");
                 tile!(i8u8 "tmm1", "tmm4", "tmm7");

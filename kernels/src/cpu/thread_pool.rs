@@ -384,6 +384,11 @@ impl<'a, T> SharedMut<'a, T> {
         self.len == 0
     }
 
+    /// Its first element, for parts that are no ranges.
+    pub fn as_mut_ptr(&self) -> *mut T {
+        self.ptr
+    }
+
     /// The elements of `range`. Panics where it is past the end.
     ///
     /// # Safety

@@ -87,7 +87,8 @@ impl Workspace {
         let num_bytes = match kernel.activations {
             ActivationForm::Exact => 0,
             #[cfg(target_arch = "x86_64")]
-            _ if kernel.tiled.is_some() => tiled::activation_bytes(kernel, in_features, MAX_PASS_ROWS),
+            _ if kernel.tiled.is_some() => tiled::activation_bytes(kernel, in_features, MAX_PASS_ROWS)
+                .max(MAX_PASS_ROWS * kernel.activation_stride(in_features)),
             _ => MAX_PASS_ROWS * kernel.activation_stride(in_features),
         };
         if self.activations.len() < num_bytes {
@@ -141,7 +142,7 @@ fn pass(
     let num_rows = x.len() / in_features;
     let kernel = &weight.kernel;
     #[cfg(target_arch = "x86_64")]
-    if let Some(tiled) = kernel.tiled {
+    if let Some(tiled) = kernel.tiled.filter(|tiled| num_rows >= tiled.min_rows) {
         tiled::pass(pool, workspace, weight, tiled, x, finish, &SharedMut::new(out));
         return;
     }

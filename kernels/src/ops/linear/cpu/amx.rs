@@ -11,6 +11,8 @@
 //! Of each output the chain is that of `tdpbf16ps`: pairs in ascending order, 16 of them in one instruction. A group of fp8 is
 //! such a chain from zero; groups, times their scales, are added in ascending order.
 
+pub(super) mod grouped;
+
 use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm512_storeu_si512};
 use std::mem::MaybeUninit;
 
@@ -52,24 +54,30 @@ const NUM_ROOMS: usize = 4;
 /// Plain weights.
 pub(super) const BF16: TiledKernel = TiledKernel {
     alone: [bf16::<1>, bf16::<2>],
-    unpacking: None,
-    multiply: [bf16::<1>, bf16::<2>],
+    first: [bf16::<1>, bf16::<2>],
+    later: [bf16::<1>, bf16::<2>],
+    unpacks: false,
+    depth: TILE_ROWS as u8,
+    min_rows: 1,
     grain: TILE_FEATURES,
 };
 
 /// Weights of 12 bits.
 pub(super) const COMPACT: TiledKernel = TiledKernel {
     alone: [compact_bf16::<1, false>, compact_bf16::<2, false>],
-    unpacking: Some([compact_bf16::<1, true>, compact_bf16::<2, true>]),
+    first: [compact_bf16::<1, true>, compact_bf16::<2, true>],
+    unpacks: true,
     ..BF16
 };
 
 /// Weights of fp8.
 pub(super) const FP8: TiledKernel = TiledKernel {
     alone: [fp8::<1, false>, fp8::<2, false>],
-    unpacking: Some([fp8::<1, true>, fp8::<2, true>]),
-    multiply: [unpacked_fp8::<1>, unpacked_fp8::<2>],
+    first: [fp8::<1, true>, fp8::<2, true>],
+    later: [unpacked_fp8::<1>, unpacked_fp8::<2>],
+    unpacks: true,
     grain: LONG_GROUP_LEN,
+    ..BF16
 };
 
 /// # Safety

@@ -34,11 +34,11 @@ use crate::weight_format::{Codes, Grouping, LONG_GROUP_LEN, SHORT_GROUP_LEN};
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct ActivationGroup {
-    scale: f32,
+    pub(super) scale: f32,
     /// `scale` times the sum of the codes: what a minimum is multiplied with.
-    scaled_sum: f32,
+    pub(super) scaled_sum: f32,
     /// The sum of the codes times minus the zero point, for the zero points 128 and 8.
-    from_zero: [i32; 2],
+    pub(super) from_zero: [i32; 2],
 }
 
 /// Bytes of a group of activations.
@@ -104,7 +104,7 @@ pub(super) fn tiles(isa: Isa, grouping: Grouping) -> &'static [TileFn] {
 }
 
 /// Which of `from_zero` belongs to such codes. Indices into a table have bytes behind them.
-const fn zero_index(is_packed: bool, has_table: bool) -> usize {
+pub(super) const fn zero_index(is_packed: bool, has_table: bool) -> usize {
     if is_packed && !has_table { 1 } else { 0 }
 }
 
@@ -397,27 +397,35 @@ pub(super) fn quantize_row(isa: Isa, group_len: usize, x: &[f32], target: &mut [
     let group_bytes = activation_group_bytes(group_len);
     for (x, target) in x.chunks(group_len).zip(target.chunks_exact_mut(group_bytes)) {
         let (codes, tail) = target.split_at_mut(group_len);
-        let (scale, sum) = match isa {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the backend was made for an available instruction set.
-            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { quantize_avx512(x, codes) },
-            _ => {
-                let mut group = [0_i8; LONG_GROUP_LEN];
-                let found = quantize::quantize_activations(x, &mut group[..group_len]);
-                for (code, x) in codes.iter_mut().zip(group) {
-                    *code = x as u8;
-                }
-                found
-            }
-        };
+        let ActivationGroup { scale, scaled_sum, from_zero } = quantize_group(isa, x, codes);
         let [scale_at, scaled_sum_at, zeros_at @ ..] = tail.as_chunks_mut::<4>().0 else {
             unreachable!("a group ends in four numbers");
         };
         *scale_at = scale.to_ne_bytes();
-        *scaled_sum_at = (scale * sum as f32).to_ne_bytes();
-        zeros_at[0] = sum.wrapping_mul(-Codes::Int8.zero_point()).to_ne_bytes();
-        zeros_at[1] = sum.wrapping_mul(-Codes::Int4.zero_point()).to_ne_bytes();
+        *scaled_sum_at = scaled_sum.to_ne_bytes();
+        zeros_at[0] = from_zero[0].to_ne_bytes();
+        zeros_at[1] = from_zero[1].to_ne_bytes();
     }
+}
+
+/// Writes one group of activations, or what there is of it, as codes.
+#[inline]
+pub(super) fn quantize_group(isa: Isa, x: &[f32], codes: &mut [u8]) -> ActivationGroup {
+    let (scale, sum) = match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the backend was made for an available instruction set.
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { quantize_avx512(x, codes) },
+        _ => {
+            let mut group = [0_i8; LONG_GROUP_LEN];
+            let found = quantize::quantize_activations(x, &mut group[..codes.len()]);
+            for (code, x) in codes.iter_mut().zip(group) {
+                *code = x as u8;
+            }
+            found
+        }
+    };
+    let from_zero = [Codes::Int8, Codes::Int4].map(|codes| sum.wrapping_mul(-codes.zero_point()));
+    ActivationGroup { scale, scaled_sum: scale * sum as f32, from_zero }
 }
 
 /// [`quantize::quantize_activations`] of at most `codes.len()` numbers, which is a multiple of 16.

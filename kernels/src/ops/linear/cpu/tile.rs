@@ -114,7 +114,7 @@ pub(super) struct Kernel {
     pub(super) max_tile_rows: usize,
     /// A panel has a multiple of so many steps.
     pub(super) step_multiple: usize,
-    /// The micro-kernels on tiles, which are used for all rows where there are some.
+    /// The micro-kernels on tiles, which are used for their numbers of rows where there are some.
     pub(super) tiled: Option<&'static TiledKernel>,
     /// Input features of a step: 2 where pairs are interleaved, a group where they share a scale.
     pub(super) features_per_step: usize,
@@ -235,6 +235,8 @@ impl Kernel {
                     activations: ActivationForm::Quantized { group_len: grouping.group_len },
                     activation_step_bytes: grouped::activation_group_bytes(grouping.group_len),
                     tiles: Tiles::Grouped(tiles),
+                    #[cfg(target_arch = "x86_64")]
+                    tiled: (isa == Isa::Amx).then(|| amx::grouped::kernel(grouping)),
                     ..base
                 }
             }

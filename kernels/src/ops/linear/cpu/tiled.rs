@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use super::amx::grouped::quantize_row;
 use super::compact::Beside;
 use super::finish::Finish;
 use super::tile::{ActivationForm, Kernel};
@@ -58,10 +59,16 @@ const _: () = assert!(MAX_GROUP_LEN * GROUP_STRETCH <= PANEL_STRETCH && MAX_PANE
 pub(super) struct TiledKernel {
     /// Few rows times a whole panel. By tiles of rows - 1, as the others.
     pub(super) alone: [CallFn; 2],
-    /// Rows times a stretch of a panel, which is left unpacked for others. `None` where there is nothing to unpack.
-    pub(super) unpacking: Option<[CallFn; 2]>,
-    /// Rows times a stretch of a panel that is unpacked.
-    pub(super) multiply: [CallFn; 2],
+    /// The first rows times a stretch of a panel, which is left unpacked for others.
+    pub(super) first: [CallFn; 2],
+    /// More rows times a stretch of a panel, unpacked.
+    pub(super) later: [CallFn; 2],
+    /// Whether there is anything to unpack.
+    pub(super) unpacks: bool,
+    /// Words of a row of an A tile, and rows of a B tile.
+    pub(super) depth: u8,
+    /// With fewer rows the kernels without tiles are used.
+    pub(super) min_rows: usize,
     /// Input features that stretches are multiples of.
     pub(super) grain: usize,
 }
@@ -156,7 +163,7 @@ pub(super) fn pass(
             )
         };
         // SAFETY: the kernel was made for what the machine has, and a worker that begins a unit holds no tiles.
-        let _tiles = unsafe { Tiles::take() };
+        let _tiles = unsafe { Tiles::take(tiled.depth) };
         // SAFETY: units are disjoint in (panel, rows), and so are the parts of `out` that they write.
         unsafe {
             if is_alone {
@@ -197,7 +204,7 @@ impl Shared<'_> {
             activation_stride: activations.stride,
             weights: start,
             num_steps: weight.num_steps(),
-            unpacked: if tiled.unpacking.is_some() { unpacked.as_mut_ptr() } else { start.cast_mut() },
+            unpacked: if tiled.unpacks { unpacked.as_mut_ptr() } else { start.cast_mut() },
             sums: sums.as_mut_ptr(),
             continues: false,
         };
@@ -230,11 +237,9 @@ impl Shared<'_> {
                 for (group, panel) in panels.clone().enumerate() {
                     let sums = &mut sums[group * panel_sums..][index * CALL_ROWS * WIDTH..][..CALL_ROWS * WIDTH];
                     let weights = start(panel);
-                    let unpacked = match tiled.unpacking {
-                        Some(_) => unpacked[group * room..][..room].as_mut_ptr(),
-                        None => weights.cast_mut(),
-                    };
-                    let calls = tiled.unpacking.filter(|_| index == 0).unwrap_or(tiled.multiply);
+                    let unpacked =
+                        if tiled.unpacks { unpacked[group * room..][..room].as_mut_ptr() } else { weights.cast_mut() };
+                    let calls = if index == 0 { tiled.first } else { tiled.later };
                     let call = Call {
                         activations: activations.tiles(call_rows.start).wrapping_add(first_tile),
                         activation_stride: activations.stride,
@@ -288,6 +293,13 @@ fn round(pool: &ThreadPool, form: ActivationForm, x: &[f32], in_features: usize,
         for row in unit * unit_rows..num_rows.min((unit + 1) * unit_rows) {
             let x = &x[row * in_features..][..in_features];
             let first = row / TILE_ROWS * stride + row % TILE_ROWS * ROW_BYTES;
+            if let ActivationForm::Quantized { group_len } = form {
+                // SAFETY: rows are disjoint, and there is room for all of their tiles.
+                unsafe {
+                    quantize_row(group_len, x, row % TILE_ROWS, target.as_mut_ptr().add(row / TILE_ROWS * stride))
+                };
+                continue;
+            }
             for depth in 0..stride / TILE_BYTES {
                 let x = x.get(depth * ROW_BYTES / 2..).unwrap_or_default();
                 let start = first + depth * TILE_BYTES;
