@@ -1,13 +1,13 @@
 //! `paged_attention` at the heads of a model of half a billion and of 8 billion parameters, for every type of cache, beside
 //! what the machine can do at most.
 //!
-//! A table first (best of several runs, since other work disturbs single ones), then criterion's statistics of the cases
-//! that match a filter: `cargo bench --bench paged_attention -- --quick bf16` for a short look, `-- none` for the table.
+//! A table first (best of several runs, since other work disturbs single ones; on tiles also without them), then criterion's
+//! statistics of the cases that match a filter: `cargo bench --bench paged_attention -- --quick bf16` for a short look, `-- none` for the table.
 
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion};
-use quire_kernels::cpu::{CpuBackend, CpuBuffer, CpuConfig, CpuKv, peaks};
+use quire_kernels::cpu::{CpuBackend, CpuBuffer, CpuConfig, CpuKv, Isa, peaks};
 use quire_kernels::ops::paged_attention::PagedAttention;
 use quire_kernels::ops::rope_kv_write::AttentionShape;
 use quire_kernels::testing::Rng;
@@ -167,9 +167,19 @@ fn main() {
     );
     // bf16 may be multiplied as such or widened, whatever is faster.
     let peak_flops = limits.bf16_flops_per_second.max(limits.f32_flops_per_second);
+    let has_tiles = backend.isa() == Isa::Amx;
+    let mut without_tiles =
+        has_tiles.then(|| CpuBackend::new(CpuConfig { num_threads, isa: Some(Isa::Avx512) }).expect("threads"));
     println!(
-        "{:>16} {:>16} {:>12} {:>8} {:>6} {:>9} {:>6}",
-        "heads", "seqs x new/all", "best", "GB/s", "%", "GFLOP/s", "%"
+        "{:>16} {:>16} {:>12} {:>8} {:>6} {:>9} {:>6}{}",
+        "heads",
+        "seqs x new/all",
+        "best",
+        "GB/s",
+        "%",
+        "GFLOP/s",
+        "%",
+        if has_tiles { "   without tiles" } else { "" }
     );
     let name = |(shape, dtype): (AttentionShape, DType)| {
         format!("{} {}/{}x{}", dtype.name(), shape.num_heads, shape.num_kv_heads, shape.head_dim)
@@ -178,15 +188,18 @@ fn main() {
     for kind in kinds() {
         for batch in BATCHES {
             let mut case = Case::new(&mut backend, kind.0, kind.1, batch);
-            let num_layers = case.num_layers;
-            let mut layer = 0;
-            let seconds = best_seconds(|| {
-                case.run(&mut backend, layer % num_layers);
-                layer += 1;
-            });
+            let (num_layers, mut layer) = (case.num_layers, 0);
+            let mut best = |backend: &mut CpuBackend| {
+                best_seconds(|| {
+                    case.run(backend, layer % num_layers);
+                    layer += 1;
+                })
+            };
+            let before = without_tiles.as_mut().map(&mut best);
+            let seconds = best(&mut backend);
             let (bytes, flops) = (case.num_bytes as f64 / seconds, case.num_flops as f64 / seconds);
             println!(
-                "{:>16} {:>16} {:>9.1} us {:>8.1} {:>6.1} {:>9.1} {:>6.1}",
+                "{:>16} {:>16} {:>9.1} us {:>8.1} {:>6.1} {:>9.1} {:>6.1}{}",
                 name(kind),
                 format!("{}x{}/{}", batch.0, batch.1, batch.2),
                 seconds * 1e6,
@@ -194,6 +207,7 @@ fn main() {
                 100.0 * bytes / limits.read_bytes_per_second,
                 flops / 1e9,
                 100.0 * flops / peak_flops,
+                before.map_or(String::new(), |before| format!(" {:>9.1} us {:.2} x", before * 1e6, before / seconds)),
             );
         }
     }

@@ -22,6 +22,8 @@
 mod element;
 mod products;
 mod softmax;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod unit;
 mod work;
 
@@ -32,6 +34,8 @@ use self::softmax::State;
 use self::unit::Unit;
 use self::work::Task;
 use super::{Lens, Lists, PagedAttention, SeqOfBatch, first_visible};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::amx::{TILE_ROWS, Tiles};
 use crate::cpu::buffer::AlignedBytes;
 use crate::cpu::lanes::{LANES, vectorize};
 use crate::cpu::thread_pool::SharedMut;
@@ -41,6 +45,19 @@ use crate::{KernelError, KvLayout};
 
 /// Rows of a unit. More would use K and V more often per load; these fit the second-level cache beside them.
 const MAX_ROWS: usize = 64;
+
+/// Rows of a unit on tiles, which use K and V up much faster.
+const MAX_TILE_ROWS: usize = 256;
+
+/// Units that a thread should find on average, so that all finish at about the same time.
+const UNITS_PER_THREAD: usize = 3;
+
+/// Rows that are computed together on tiles, and read and written together, whatever is in them.
+const ROWS_MULTIPLE: usize = 32;
+
+/// Words of queries: each number widened, or in pairs for many rows.
+const MAX_LEFT_WORDS: usize = MAX_TILE_ROWS * MAX_HEAD_DIM / 2;
+const _: () = assert!(MAX_ROWS * MAX_HEAD_DIM <= MAX_LEFT_WORDS);
 
 /// Tokens of a tile.
 const TILE_LEN: usize = 64;
@@ -79,6 +96,28 @@ impl Workspace {
     }
 }
 
+/// How pairs of bf16 are multiplied: one way for all batches of a cache.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Products {
+    /// Widened to f32, by FMA.
+    Widened,
+    /// By the instruction for pairs.
+    Pairs,
+    /// On tiles.
+    Tiles,
+}
+
+impl Products {
+    fn of(isa: Isa, layout: &KvLayout, scale: f32) -> Self {
+        match isa {
+            Isa::Avx512Bf16 => Self::Pairs,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx if tiles::can_compute(layout, scale) => Self::Tiles,
+            _ => Self::Widened,
+        }
+    }
+}
+
 /// What all units share.
 struct Batch<'a> {
     qkv: &'a [f32],
@@ -93,8 +132,9 @@ struct Batch<'a> {
     layout: KvLayout,
     layer: usize,
     kv: &'a [u8],
-    /// Whether bf16 is multiplied in pairs, where there is an instruction for it.
-    has_fast_pairs: bool,
+    products: Products,
+    /// Most rows of a task.
+    max_rows: usize,
     out: SharedMut<'a, f32>,
 }
 
@@ -121,6 +161,12 @@ pub(crate) fn paged_attention(
     };
     args.check_lists(&lists, &layout)?;
     let (shape, num_tokens) = (args.shape, args.num_tokens);
+    let products = Products::of(backend.isa, &layout, args.scale);
+    let num_threads = backend.pool.num_threads();
+    let max_rows = match products {
+        Products::Tiles => tile_rows(num_tokens * shape.num_heads, num_threads),
+        _ => MAX_ROWS,
+    };
     let batch = Batch {
         qkv: &args.qkv.f32(OP, "qkv")?[..num_tokens * shape.qkv_len()],
         qkv_len: shape.qkv_len(),
@@ -133,13 +179,14 @@ pub(crate) fn paged_attention(
         layout,
         layer: args.layer,
         kv: args.kv.bytes(),
-        has_fast_pairs: backend.isa == Isa::Avx512Bf16,
+        products,
+        max_rows,
         out: SharedMut::new(&mut args.out.f32_mut(OP, "out")?[..num_tokens * shape.q_len()]),
     };
 
     let CpuBackend { isa, pool, attention_workspace: Workspace { scratches, partials, countdowns, tasks }, .. } =
         backend;
-    work::plan(&batch, pool.num_threads(), tasks, countdowns);
+    work::plan(&batch, num_threads, tasks, countdowns);
     let tasks = &tasks[..];
     let num_units = tasks.len() * batch.num_kv_heads;
     let partials = SharedMut::new(partials.view_mut::<f32>());
@@ -152,9 +199,17 @@ pub(crate) fn paged_attention(
         let countdown = task.split.map(|split| &countdowns[split.countdown + kv_head]);
         // SAFETY: each worker has its own.
         let scratch = &mut *unsafe { scratches.slice_mut(worker..worker + 1) }[0];
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the instruction set has them, and a unit runs in no other.
+        let _tiles = (products == Products::Tiles).then(|| unsafe { Tiles::take(TILE_ROWS as u8) });
         vectorize(isa, Unit { batch: &batch, task, kv_head, scratch, partials: &partials, countdown });
     });
     Ok(())
+}
+
+/// Rows of a task on tiles: no more than leave each thread its units, whole blocks of them.
+fn tile_rows(num_rows: usize, num_threads: usize) -> usize {
+    (num_rows / (num_threads * UNITS_PER_THREAD)).next_multiple_of(ROWS_MULTIPLE).clamp(MAX_ROWS, MAX_TILE_ROWS)
 }
 
 impl Batch<'_> {
@@ -180,7 +235,7 @@ impl Batch<'_> {
 #[repr(C, align(64))]
 struct Scratch {
     /// Left factors of scores, `[num_rows][head_dim]`.
-    q: [u32; MAX_ROWS * MAX_HEAD_DIM],
+    q: [u32; MAX_LEFT_WORDS],
     /// `[num_rows][TILE_LEN]`
     scores: [f32; MAX_ROWS * TILE_LEN],
     /// Left factors of sums, `[num_rows][TILE_LEN]`.
@@ -192,10 +247,12 @@ struct Scratch {
     /// Largest scores of this tile.
     tile_max: [f32; MAX_ROWS],
     /// Of whole numbers: what they are multiplied by, for left factors of a row and for tokens of this tile.
-    q_scales: [f32; MAX_ROWS],
+    q_scales: [f32; MAX_TILE_ROWS],
     weight_scales: [f32; MAX_ROWS],
     k_scales: [f32; TILE_LEN],
     v_scales: [f32; TILE_LEN],
     chunk: State,
     total: State,
+    #[cfg(target_arch = "x86_64")]
+    tiles: tiles::TileScratch,
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::element::{Element, left_words};
-use super::{MAX_ROWS, Scratch, TILE_LEN, TILE_VECTORS};
+use super::{MAX_TILE_ROWS, Scratch, TILE_LEN, TILE_VECTORS};
 use crate::cpu::lanes::{LANES, Lanes};
 use crate::cpu::math::exp2;
 use crate::kv_layout::MAX_HEAD_DIM;
@@ -12,10 +12,10 @@ use crate::kv_layout::MAX_HEAD_DIM;
 #[repr(C, align(64))]
 pub(super) struct State {
     /// `[num_rows][row_len]`
-    pub(super) sums: [f32; MAX_ROWS * MAX_HEAD_DIM],
-    pub(super) max: [f32; MAX_ROWS],
+    pub(super) sums: [f32; MAX_TILE_ROWS * MAX_HEAD_DIM],
+    pub(super) max: [f32; MAX_TILE_ROWS],
     /// Sums of weights.
-    pub(super) total: [f32; MAX_ROWS],
+    pub(super) total: [f32; MAX_TILE_ROWS],
 }
 
 impl State {

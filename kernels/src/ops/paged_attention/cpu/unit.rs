@@ -8,7 +8,7 @@ use super::element::{Element, Floats8, Pairs, Quantized, Single, Widened, left_w
 use super::products::{Ahead, RowBlocks, Scores, Sums, max_rows};
 use super::softmax::{by_vector, merge, softmax};
 use super::work::Task;
-use super::{Batch, Scratch, TILE_LEN, TILE_VECTORS};
+use super::{Batch, Products, Scratch, TILE_LEN, TILE_VECTORS};
 use crate::DType;
 use crate::cpu::lanes::{LANES, Lanes, Vectorized, prefetch};
 use crate::cpu::thread_pool::SharedMut;
@@ -28,15 +28,26 @@ impl Vectorized for Unit<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) {
+        #[cfg(target_arch = "x86_64")]
+        if S::HAS_DOT_PAIRS && self.batch.products == Products::Tiles {
+            if const { S::HAS_DOT_PAIRS } {
+                match self.batch.layout.dtype {
+                    DType::Bf16 => self.run_on_tiles::<S, Pairs>(simd),
+                    _ => self.run_on_tiles::<S, Floats8<Pairs>>(simd),
+                }
+            }
+            return;
+        }
+        let in_pairs = self.batch.products == Products::Pairs;
         match self.batch.layout.dtype {
             DType::I8 => self.run_with::<S, Quantized>(simd),
-            DType::Bf16 if S::HAS_DOT_PAIRS && self.batch.has_fast_pairs => {
+            DType::Bf16 if S::HAS_DOT_PAIRS && in_pairs => {
                 if const { S::HAS_DOT_PAIRS } {
                     self.run_with::<S, Pairs>(simd);
                 }
             }
             DType::Bf16 => self.run_with::<S, Widened>(simd),
-            DType::F8E4M3 if S::HAS_DOT_PAIRS && self.batch.has_fast_pairs => {
+            DType::F8E4M3 if S::HAS_DOT_PAIRS && in_pairs => {
                 if const { S::HAS_DOT_PAIRS } {
                     self.run_with::<S, Floats8<Pairs>>(simd);
                 }
@@ -50,37 +61,70 @@ impl Vectorized for Unit<'_> {
 impl Unit<'_> {
     #[inline(always)]
     fn run_with<S: Lanes, E: Element>(mut self, simd: S) {
-        let Task { num_rows, chunk_start, chunk_end, split, .. } = *self.task;
-        let state_len = self.batch.state_len(num_rows);
+        let Task { num_rows, chunk_start, chunk_end, .. } = *self.task;
         self.load_queries::<S, E>(simd);
-        let is_later_part = split.is_some_and(|split| chunk_start != split.chunk_start);
         self.scratch.total.clear(num_rows, self.batch.row_len());
         let seq = self.batch.lists.seq(self.task.seq);
-        let visible = self.batch.visible(seq, self.task.row_start, num_rows);
         // Where a chunk ends, what lies ahead is the next one.
-        let visible = visible.start.max(chunk_start * CHUNK_LEN)..visible.end.min(chunk_end * CHUNK_LEN);
+        let visible = self.visible();
         let first = visible.start / TILE_LEN * TILE_LEN;
         let mut tiles = [first, first + TILE_LEN].map(|start| Tile::new::<E>(&self, seq.block_table, start, &visible));
         for chunk in chunk_start..chunk_end {
             self.compute_chunk::<S, E>(simd, chunk, &visible, &mut tiles);
-            if is_later_part {
-                let split = split.expect("a part of a split");
-                let start = split.start(self.kv_head, chunk_start, state_len) + (chunk - chunk_start) * state_len;
-                // SAFETY: the state of this chunk, rows and head, which nobody reads before the countdown.
-                let out = unsafe { self.partials.slice_mut(start..start + state_len) };
-                self.scratch.chunk.save(num_rows, out);
+            if self.is_later_part() {
+                self.save_chunk(chunk);
             } else {
-                let Scratch { chunk, total, .. } = &mut *self.scratch;
-                let (sums, max, totals) = (&chunk.sums[..], &chunk.max[..], &chunk.total[..]);
-                merge(simd, total, sums, max, totals, num_rows, self.batch.row_len());
+                self.merge_chunk(simd);
             }
         }
+        self.finish(simd);
+    }
+
+    /// Positions that some row sees, of the task's chunks.
+    #[inline(always)]
+    pub(super) fn visible(&self) -> Range<usize> {
+        let Task { row_start, num_rows, chunk_start, chunk_end, .. } = *self.task;
+        let visible = self.batch.visible(self.batch.lists.seq(self.task.seq), row_start, num_rows);
+        visible.start.max(chunk_start * CHUNK_LEN)..visible.end.min(chunk_end * CHUNK_LEN)
+    }
+
+    /// Whether the task is a part of a split, and not the first: each chunk's result is kept for itself.
+    #[inline(always)]
+    pub(super) fn is_later_part(&self) -> bool {
+        self.task.split.is_some_and(|split| self.task.chunk_start != split.chunk_start)
+    }
+
+    /// Adds the result of a chunk to those before it.
+    #[inline(always)]
+    pub(super) fn merge_chunk<S: Lanes>(&mut self, simd: S) {
+        let Scratch { chunk, total, .. } = &mut *self.scratch;
+        let (sums, max, totals) = (&chunk.sums[..], &chunk.max[..], &chunk.total[..]);
+        merge(simd, total, sums, max, totals, self.task.num_rows, self.batch.row_len());
+    }
+
+    /// Leaves the result of a later part's chunk where the last of the parts finds it.
+    #[inline(always)]
+    pub(super) fn save_chunk(&mut self, chunk: usize) {
+        let Task { num_rows, chunk_start, .. } = *self.task;
+        let state_len = self.batch.state_len(num_rows);
+        let split = self.task.split.expect("a part of a split");
+        let start = split.start(self.kv_head, chunk_start, state_len) + (chunk - chunk_start) * state_len;
+        // SAFETY: the state of this chunk, rows and head, which nobody reads before the countdown.
+        let out = unsafe { self.partials.slice_mut(start..start + state_len) };
+        self.scratch.chunk.save(num_rows, out);
+    }
+
+    /// Writes what is in `scratch.total`; of a split, what all parts come to, when this is the last of them.
+    #[inline(always)]
+    pub(super) fn finish<S: Lanes>(&mut self, simd: S) {
+        let Task { num_rows, chunk_start, split, .. } = *self.task;
         let Some(split) = split else {
             return self.write_out(simd);
         };
-        if !is_later_part {
+        let state_len = self.batch.state_len(num_rows);
+        if !self.is_later_part() {
             let start = split.start(self.kv_head, chunk_start, state_len);
-            // SAFETY: as above.
+            // SAFETY: as in `save_chunk`.
             let out = unsafe { self.partials.slice_mut(start..start + state_len) };
             self.scratch.total.save(num_rows, out);
         }
@@ -115,7 +159,7 @@ impl Unit<'_> {
     }
 
     #[inline(always)]
-    fn load_queries<S: Lanes, E: Element>(&mut self, simd: S) {
+    pub(super) fn load_queries<S: Lanes, E: Element>(&mut self, simd: S) {
         let head_dim = self.batch.head_dim;
         for row in 0..self.task.num_rows {
             let (token, head) = self.token_and_head(row);
@@ -281,6 +325,45 @@ fn tiles_ahead<'a>(
     Ahead { next, after_next }
 }
 
+/// K and V of 16 tokens of a block.
+#[derive(Clone, Copy)]
+pub(super) struct Vector {
+    /// First lanes.
+    pub(super) k: *const u8,
+    pub(super) v: *const u8,
+    /// Scales of the keys; those of the values lie `block_size` later.
+    pub(super) scales: *const f32,
+}
+
+impl Vector {
+    pub(super) const NONE: Self = Self { k: std::ptr::null(), v: std::ptr::null(), scales: std::ptr::null() };
+
+    /// Those from `position` on, a multiple of 16 that the table has a block for.
+    #[inline(always)]
+    pub(super) fn at<E: Element>(batch: &Batch<'_>, kv_head: usize, block_table: &[u32], position: usize) -> Self {
+        let layout = &batch.layout;
+        let block = block_table[position / layout.block_size] as usize;
+        let offset = position % layout.block_size;
+        let size = layout.dtype.size();
+        let head = layout.head_index(batch.layer, block, kv_head) * size;
+        let kv = &batch.kv[head..head + layout.head_bytes()];
+        let v_start = layout.v_offset() * size;
+        let mut vector = Self::NONE;
+        // SAFETY: K of this head and block lie from the start of `kv`, V behind them, scales behind both; the offset is
+        // a multiple of 16 below the block size.
+        unsafe {
+            vector.k = kv.as_ptr().add(offset * E::LANE_BYTES);
+            vector.v = kv.as_ptr().add(v_start + offset * layout.head_dim * size);
+            if E::IS_SCALED {
+                vector.scales = kv.as_ptr().add(2 * v_start).cast::<f32>().add(offset);
+                prefetch(vector.scales.cast());
+                prefetch(vector.scales.add(layout.block_size).cast());
+            }
+        }
+        vector
+    }
+}
+
 /// K and V of the tokens of a tile.
 struct Tile {
     /// Position of its first token.
@@ -300,7 +383,7 @@ impl Tile {
     /// The tile at `start`; `visible` are positions that some row sees.
     #[inline(always)]
     fn new<E: Element>(unit: &Unit<'_>, block_table: &[u32], start: usize, visible: &Range<usize>) -> Self {
-        let (batch, layout) = (unit.batch, &unit.batch.layout);
+        let batch = unit.batch;
         let mut tile = Self {
             start,
             is_there: false,
@@ -318,23 +401,8 @@ impl Tile {
             }
             tile.is_there = true;
             tile.visible[index] = (first, end);
-            let block = block_table[position / layout.block_size] as usize;
-            let offset = position % layout.block_size;
-            let size = layout.dtype.size();
-            let head = layout.head_index(batch.layer, block, unit.kv_head) * size;
-            let kv = &batch.kv[head..head + layout.head_bytes()];
-            let v_start = layout.v_offset() * size;
-            // SAFETY: K of this head and block lie from the start of `kv`, V behind them, scales behind both; the offset is
-            // a multiple of 16 below the block size.
-            unsafe {
-                tile.k[index] = kv.as_ptr().add(offset * E::LANE_BYTES);
-                tile.v[index] = kv.as_ptr().add(v_start + offset * layout.head_dim * size);
-                if E::IS_SCALED {
-                    tile.scales[index] = kv.as_ptr().add(2 * v_start).cast::<f32>().add(offset);
-                    prefetch(tile.scales[index].cast());
-                    prefetch(tile.scales[index].add(layout.block_size).cast());
-                }
-            }
+            let vector = Vector::at::<E>(batch, unit.kv_head, block_table, position);
+            (tile.k[index], tile.v[index], tile.scales[index]) = (vector.k, vector.v, vector.scales);
         }
         tile
     }

@@ -2,11 +2,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::{Batch, MAX_ROWS, PARTIAL_NUMBERS};
+use super::{Batch, PARTIAL_NUMBERS, UNITS_PER_THREAD};
 use crate::ops::paged_attention::{CHUNK_LEN, SeqOfBatch};
-
-/// Units that a thread should find on average, so that all finish at about the same time.
-const UNITS_PER_THREAD: usize = 3;
 
 /// Units that differ in the KV head only.
 #[derive(Clone, Copy)]
@@ -50,7 +47,8 @@ pub(super) fn plan(batch: &Batch<'_>, num_threads: usize, tasks: &mut Vec<Task>,
     let num_seqs = batch.lists.rows.len();
     let tiles = |seq: SeqOfBatch<'_>| {
         let num_rows = seq.q_len * batch.group_len;
-        (0..num_rows).step_by(MAX_ROWS).map(move |row_start| (row_start, MAX_ROWS.min(num_rows - row_start)))
+        let max_rows = batch.max_rows;
+        (0..num_rows).step_by(max_rows).map(move |row_start| (row_start, max_rows.min(num_rows - row_start)))
     };
     // Scores of a tile of rows: what its time grows with.
     let cost = |seq: SeqOfBatch<'_>, row_start: usize, num_rows: usize| {
