@@ -3,9 +3,10 @@
 use async_openai::Client;
 use async_openai::config::OpenAIConfig;
 use async_openai::types::chat::{ChatCompletionRequestUserMessageArgs, CreateChatCompletionRequestArgs};
+use async_openai::types::embeddings::{CreateEmbeddingRequestArgs, EmbeddingInput, EncodingFormat};
 use futures::StreamExt;
 use quire_proto::quire::v1::{
-    ChatMessage, ChatRequest, GenerateRequest, SamplingParams, StoppingParams, Token, TokenIds,
+    ChatMessage, ChatRequest, EmbedRequest, GenerateRequest, SamplingParams, StoppingParams, Token, TokenIds,
 };
 use quire_proto::quire::v1::{generate_request::Prompt, stream_event::Event};
 use quire_tests::{Server, sse_data};
@@ -114,6 +115,48 @@ async fn a_published_client_streams_a_chat() {
         pieces.extend(chunk.choices.first().and_then(|choice| choice.delta.content.clone()));
     }
     assert_eq!(pieces, text);
+}
+
+#[tokio::test]
+async fn a_published_client_embeds_texts() {
+    const EMBEDDER: &str = concat!("embed=", env!("CARGO_MANIFEST_DIR"), "/fixtures/embedders/bert-mean");
+    const TEXTS: [&str; 2] = ["seven pages", "a fox"];
+    let server = Server::start(&["--model", EMBEDDER]).await;
+    let embed = |dimensions| EmbedRequest { texts: TEXTS.map(str::to_owned).into(), dimensions, ..Default::default() };
+    let mut quire = server.quire().await;
+    let config = OpenAIConfig::new().with_api_base(format!("{}/v1", server.http)).with_api_key("none");
+    let client = Client::with_config(config);
+    let request = || {
+        let mut request = CreateEmbeddingRequestArgs::default();
+        request.model("embed").input(TEXTS);
+        request
+    };
+
+    let expected = quire.embed(embed(None)).await.expect("vectors").into_inner();
+    let answer = client.embeddings().create(request().build().expect("a request")).await.expect("vectors");
+    assert_eq!(u64::from(answer.usage.prompt_tokens), expected.prompt_tokens);
+    assert_eq!(answer.data.len(), TEXTS.len());
+    for (found, expected) in answer.data.iter().zip(&expected.embeddings) {
+        assert_eq!(found.embedding, expected.values, "the same bits through both faces");
+    }
+
+    let base64 = request().encoding_format(EncodingFormat::Base64).build().expect("a request");
+    let answer = client.embeddings().create_base64(base64).await.expect("vectors");
+    for (found, expected) in answer.data.into_iter().zip(&expected.embeddings) {
+        assert_eq!(Vec::<f32>::from(found.embedding), expected.values);
+    }
+
+    let expected = quire.embed(embed(Some(8))).await.expect("vectors").into_inner();
+    let short = request().dimensions(8_u32).build().expect("a request");
+    let answer = client.embeddings().create(short).await.expect("vectors");
+    assert_eq!(answer.data[1].embedding, expected.embeddings[1].values);
+    assert_eq!(answer.data[1].embedding.len(), 8);
+
+    let tokens = EmbeddingInput::ArrayOfIntegerArray(vec![vec![1, 2, 3]]);
+    let answer = client.embeddings().create(request().input(tokens).build().expect("a request")).await;
+    assert_eq!(answer.expect("a vector").data.len(), 1);
+    let unknown = client.embeddings().create(request().model("nobody").build().expect("a request")).await;
+    assert!(unknown.expect_err("no such model").to_string().contains("nobody"));
 }
 
 #[tokio::test]

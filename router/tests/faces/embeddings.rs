@@ -372,6 +372,10 @@ async fn vectors_go_over_the_open_inference_protocol() {
     let described = kserve::ModelMetadataRequest { name: "bert-mean".to_owned(), version: String::new() };
     let described = client.model_metadata(described).await.expect("answers").into_inner();
     assert_eq!((described.inputs.len(), described.outputs[0].shape.clone()), (1, vec![-1, 32]));
+    // What a model is not asked for, its description does not name.
+    let described = kserve::ModelMetadataRequest { name: "bert-rerank".to_owned(), version: String::new() };
+    let described = client.model_metadata(described).await.expect("answers").into_inner();
+    assert!(described.inputs.is_empty() && described.outputs.is_empty(), "{described:?}");
     let parameters = [("temperature".to_owned(), kserve::InferParameter::default())];
     let mut wrong = vec![kserve::ModelInferRequest { model_name: "bert-rerank".to_owned(), ..request.clone() }];
     wrong.push(kserve::ModelInferRequest { parameters: parameters.into(), ..request.clone() });

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use quire_engine::pooling::PoolingTask;
 use quire_proto::inference as wire;
 use quire_proto::inference::infer_parameter::ParameterChoice;
 use quire_proto::inference::model_infer_request::InferInputTensor;
@@ -355,14 +356,17 @@ fn dims(of_each_prompt: bool) -> Vec<i64> {
     vec![if of_each_prompt { -1 } else { 1 }]
 }
 
-/// The inputs of a model, and its output: name, type and shape.
-type Tensors = (&'static [(&'static str, wire::DataType, bool, bool)], (&'static str, wire::DataType, Vec<i64>));
+/// The inputs of a model, and its output, where there is one: name, type and shape.
+type Tensors =
+    (&'static [(&'static str, wire::DataType, bool, bool)], Option<(&'static str, wire::DataType, Vec<i64>)>);
 
 fn tensors(runner: &Runner) -> Tensors {
     match runner {
-        Runner::Generates(_) => (&INPUTS, (TEXT_OUTPUT, wire::DataType::TypeString, dims(true))),
+        Runner::Generates(_) => (&INPUTS, Some((TEXT_OUTPUT, wire::DataType::TypeString, dims(true)))),
+        // A reranker takes pairs of texts, which this contract has no form for.
+        Runner::Pools(engine) if engine.pooling().task != PoolingTask::Embed => (&[], None),
         // Of texts alone.
-        Runner::Pools(engine) => (&INPUTS[..1], kserve_embed::output(engine.pooling().num_dimensions)),
+        Runner::Pools(engine) => (&INPUTS[..1], Some(kserve_embed::output(engine.pooling().num_dimensions))),
     }
 }
 
@@ -378,13 +382,13 @@ pub(in crate::grpc) fn model_metadata(model: &ServedModel, runner: &Runner) -> w
         .to_owned(),
         shape,
     };
-    let (inputs, (output, kind, shape)) = tensors(runner);
+    let (inputs, output) = tensors(runner);
     wire::ModelMetadataResponse {
         name: model.name().to_owned(),
         versions: vec![VERSION.to_owned()],
         platform: PLATFORM.to_owned(),
         inputs: inputs.iter().map(|&(name, kind, each, _)| tensor(name, kind, dims(each))).collect(),
-        outputs: vec![tensor(output, kind, shape)],
+        outputs: output.into_iter().map(|(name, kind, shape)| tensor(name, kind, shape)).collect(),
     }
 }
 
@@ -395,15 +399,16 @@ pub(in crate::grpc) fn model_config(model: &ServedModel, runner: &Runner) -> wir
         dims: dims(of_each_prompt),
         optional,
     };
-    let (inputs, (output, kind, dims)) = tensors(runner);
-    let output = wire::ModelOutput { name: output.to_owned(), data_type: kind.into(), dims };
+    let (inputs, output) = tensors(runner);
+    let output =
+        output.map(|(name, kind, dims)| wire::ModelOutput { name: name.to_owned(), data_type: kind.into(), dims });
     let config = wire::ModelConfig {
         name: model.name().to_owned(),
         platform: PLATFORM.to_owned(),
         // Batches are the server's business: a request has no dimension for them.
         max_batch_size: 0,
         input: inputs.iter().map(input).collect(),
-        output: vec![output],
+        output: output.into_iter().collect(),
         backend: PLATFORM.to_owned(),
         model_transaction_policy: Some(wire::ModelTransactionPolicy {
             decoupled: matches!(runner, Runner::Generates(_)),
