@@ -17,6 +17,9 @@ pub(crate) const TILE_ROWS: usize = 16;
 /// Bytes of a row.
 pub(crate) const ROW_BYTES: usize = 64;
 
+/// Bytes of a tile.
+pub(crate) const TILE_BYTES: usize = TILE_ROWS * ROW_BYTES;
+
 /// Whether the processor has tiles of bf16 and bytes, and the system lets this process use them: asked for once.
 pub(crate) fn is_available() -> bool {
     static IS_AVAILABLE: OnceLock<bool> = OnceLock::new();

@@ -70,7 +70,7 @@ impl CpuBackend {
             return Err(KernelError::Device { device: "cpu", cause: format!("no {isa} instructions here") });
         }
         let pool = ThreadPool::new(config.num_threads)?;
-        let linear_workspace = linear::cpu::Workspace::new(isa, pool.num_threads())?;
+        let linear_workspace = linear::cpu::Workspace::new(pool.num_threads())?;
         let attention_workspace = paged_attention::cpu::Workspace::new(pool.num_threads())?;
         let encoder_scratches = encoder_attention::cpu::Scratch::for_threads(pool.num_threads());
         Ok(Self { isa, pool, weights: Arena::default(), linear_workspace, attention_workspace, encoder_scratches })

@@ -167,6 +167,29 @@ fn a_row_has_the_same_bits_in_every_batch() {
     }
 }
 
+/// A weight brings its kernels along, and a backend has room for all of them.
+#[test]
+fn what_one_backend_packed_another_multiplies() {
+    const COLS: usize = 700;
+    let mut rng = Rng::new(13);
+    let x = rng.outliers(600 * COLS);
+    for format in FORMATS {
+        let matrix = [Matrix::random(&mut rng, file_format(format), 70, COLS)];
+        for isa in Isa::available() {
+            let new = |isa| CpuBackend::new(CpuConfig { num_threads: 1, isa: Some(isa) }).expect("available");
+            let mut owner = new(isa);
+            let weight = owner.pack_weight(&stacked(&matrix, format)).expect("a good source");
+            let expected = run(&mut owner, &weight, &x, 600, None, Epilogue::Store, &[0.0; 600 * 70]);
+            let mut other = new(Isa::Portable);
+            for num_rows in [1, 40, 600] {
+                let zeros = vec![0.0; num_rows * 70];
+                let found = run(&mut other, &weight, &x[..num_rows * COLS], num_rows, None, Epilogue::Store, &zeros);
+                assert_same_bits(&found, &expected[..num_rows * 70]);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_row_has_the_same_bits_in_large_batches() {
     let mut rng = Rng::new(8);

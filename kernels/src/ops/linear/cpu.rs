@@ -56,28 +56,29 @@ const ROUND_UNIT_LEN: usize = 1 << 16;
 pub(crate) struct Workspace {
     /// Activations as the kernel reads them: `[MAX_PASS_ROWS]` rows of a padded stride.
     activations: AlignedBytes,
-    /// Partial sums of each thread's unit: `[num_threads][sums_len]` f32.
+    /// Partial sums of each thread's unit: `[num_threads][SUMS_LEN]` f32.
     sums: AlignedBytes,
-    /// Weights of each thread, unpacked: `[num_threads][unpacked_bytes]`.
+    /// Weights of each thread, unpacked: `[num_threads][UNPACKED_BYTES]`.
     unpacked: AlignedBytes,
-    /// Numbers of a thread's sums, and bytes of its unpacked weights.
-    sums_len: usize,
-    unpacked_bytes: usize,
 }
 
+/// Bytes of a thread's unpacked weights: as much for either walk.
+const UNPACKED_BYTES: usize = K_BLOCK / 2 * compact::PLAIN_STEP_BYTES;
+
+/// Numbers of a thread's sums: of units on tiles, which are larger, since any backend may multiply what another one packed.
+#[cfg(target_arch = "x86_64")]
+const SUMS_LEN: usize = tiled::SUMS_LEN;
+#[cfg(not(target_arch = "x86_64"))]
+const SUMS_LEN: usize = MAX_UNIT_ROWS * tile::MAX_PANEL_WIDTH;
+
+const _: () = assert!(SUMS_LEN >= MAX_UNIT_ROWS * tile::MAX_PANEL_WIDTH);
+
 impl Workspace {
-    pub(crate) fn new(isa: Isa, num_threads: usize) -> Result<Self, KernelError> {
-        let (sums_len, unpacked_bytes) = match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Amx => (tiled::SUMS_LEN, tiled::UNPACKED_BYTES),
-            _ => (MAX_UNIT_ROWS * tile::MAX_PANEL_WIDTH, K_BLOCK / 2 * compact::PLAIN_STEP_BYTES),
-        };
+    pub(crate) fn new(num_threads: usize) -> Result<Self, KernelError> {
         Ok(Self {
             activations: AlignedBytes::zeroed("rounded activations", 0)?,
-            sums: AlignedBytes::zeroed("partial sums", num_threads * sums_len * size_of::<f32>())?,
-            unpacked: AlignedBytes::zeroed("unpacked weights", num_threads * unpacked_bytes)?,
-            sums_len,
-            unpacked_bytes,
+            sums: AlignedBytes::zeroed("partial sums", num_threads * SUMS_LEN * size_of::<f32>())?,
+            unpacked: AlignedBytes::zeroed("unpacked weights", num_threads * UNPACKED_BYTES)?,
         })
     }
 
@@ -157,15 +158,14 @@ fn pass(
 
     let num_blocks = num_rows.div_ceil(MAX_UNIT_ROWS);
     let num_units = weight.num_panels() * num_blocks;
-    let (sums_len, unpacked_bytes) = (workspace.sums_len, workspace.unpacked_bytes);
     let sums = SharedMut::new(workspace.sums.view_mut::<f32>());
     let unpacked = SharedMut::new(workspace.unpacked.view_mut::<u8>());
     let out = SharedMut::new(out);
     pool.run_units(num_units, &|worker, unit| {
         // SAFETY: each worker has its own share of the sums, and does one unit at a time.
-        let sums = unsafe { sums.slice_mut(worker * sums_len..(worker + 1) * sums_len) };
+        let sums = unsafe { sums.slice_mut(worker * SUMS_LEN..(worker + 1) * SUMS_LEN) };
         // SAFETY: as above.
-        let unpacked = unsafe { unpacked.slice_mut(worker * unpacked_bytes..(worker + 1) * unpacked_bytes) };
+        let unpacked = unsafe { unpacked.slice_mut(worker * UNPACKED_BYTES..(worker + 1) * UNPACKED_BYTES) };
         let (panel, block) = (unit / num_blocks, unit % num_blocks);
         let rows = split(num_rows, 1, block, num_blocks);
         // SAFETY: the activations hold `num_rows` rows of the stride; units are disjoint in (panel, rows), and so are
@@ -178,7 +178,7 @@ fn pass(
 #[derive(Clone, Copy)]
 struct Activations {
     first: *const u8,
-    /// Bytes from a row to the next.
+    /// Bytes from a row to the next; of tiles from 16 rows to the next.
     stride: usize,
 }
 

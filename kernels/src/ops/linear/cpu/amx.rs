@@ -19,7 +19,7 @@ use std::mem::MaybeUninit;
 use super::tiled::{Call, TiledKernel, WIDTH};
 use super::{compact, fp8};
 use crate::cpu::Isa;
-use crate::cpu::amx::{ROW_BYTES, TILE_ROWS, tile};
+use crate::cpu::amx::{ROW_BYTES, TILE_BYTES, TILE_ROWS, tile};
 use crate::cpu::lanes::{LANES, Lanes, Vectorized, vectorize};
 use crate::weight_format::LONG_GROUP_LEN;
 
@@ -36,11 +36,11 @@ pub(super) const TILE_STEPS: usize = TILE_FEATURES / STEP_FEATURES;
 /// Bytes of a B tile and the one beside it, of plain weights.
 const PAIR_BYTES: usize = TILE_STEPS * STEP_BYTES;
 
-/// Bytes of an A tile.
-const A_BYTES: usize = TILE_ROWS * ROW_BYTES;
-
 /// Bytes from a row of a B tile, or of sums, to the next.
 const STRIDE: usize = WIDTH * 4;
+
+/// Bytes to the lower of two tiles of sums.
+const LOWER: usize = TILE_ROWS * STRIDE;
 
 /// Bytes of 16 outputs in a row of a B tile or of sums.
 const SIXTEEN: usize = 64;
@@ -180,7 +180,7 @@ unsafe fn add_group<const R: usize>(call: &Call, group: usize, weights: *const u
     // SAFETY: by contract; `multiply` fills the rows that are added.
     unsafe {
         let product = Product {
-            activations: call.activations.add(group * GROUP_TILES * A_BYTES),
+            activations: call.activations.add(group * GROUP_TILES * TILE_BYTES),
             stride: call.activation_stride,
             num_tiles: GROUP_TILES,
             from: None,
@@ -257,7 +257,6 @@ impl Product {
 /// The thread holds `Tiles`, and all lies where `product` and `weights` say.
 #[inline(always)]
 unsafe fn multiply<const R: usize>(product: &Product, mut weights: impl FnMut(usize) -> *const u8) {
-    const LOWER: usize = TILE_ROWS * STRIDE;
     let Product { mut activations, stride, num_tiles, from, to } = *product;
     // SAFETY: by contract.
     unsafe {
@@ -286,8 +285,20 @@ unsafe fn multiply<const R: usize>(product: &Product, mut weights: impl FnMut(us
                 tile!(bf16 "tmm2", "tmm5", "tmm6");
                 tile!(bf16 "tmm3", "tmm5", "tmm7");
             }
-            activations = activations.add(A_BYTES);
+            activations = activations.add(TILE_BYTES);
         }
+        store::<R>(to);
+    }
+}
+
+/// Tiles of sums, `R` of rows by two of outputs, to memory.
+///
+/// # Safety
+/// The thread holds `Tiles`; `to` has room for `[R * 16][WIDTH]`.
+#[inline(always)]
+unsafe fn store<const R: usize>(to: *mut u8) {
+    // SAFETY: by contract.
+    unsafe {
         tile!(store "tmm0", to, STRIDE);
         tile!(store "tmm1", to.add(SIXTEEN), STRIDE);
         if R == 2 {

@@ -12,9 +12,9 @@
 //! both ends of f32. Scaling by powers of two rounds nothing: sums have the bits that plain weights give. (An activation
 //! beyond 2^64 overflows, and so does its product with an exception; the row is then not finite.)
 //!
-//! Four of the 16 bits are not used. A step is two features of 64 lanes, or four of 32, as with plain weights: four vectors of 32 numbers become
-//! three lines `A`, `B`, `C` of 16-bit words, whose bits 11 to 14 together are the fourth vector's: bits 0 to 3 in `A`, 4 to
-//! 7 in `B`, 8 to 10 and the sign in `C`. Nothing moves between lanes.
+//! Four of the 16 bits are not used. A step is two features of 64 lanes, or four of 32, as with plain weights: four vectors
+//! of 32 numbers become three lines `A`, `B`, `C` of 16-bit words, whose bits 11 to 14 together are the fourth vector's: bits
+//! 0 to 3 in `A`, 4 to 7 in `B`, 8 to 10 and the sign in `C`. Nothing moves between lanes.
 //!
 //! Sums stay one chain per output: the panel's products in ascending order of features, then its exceptions' likewise.
 

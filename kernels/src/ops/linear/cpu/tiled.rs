@@ -18,9 +18,9 @@ use super::compact::Beside;
 use super::finish::Finish;
 use super::tile::{ActivationForm, Kernel};
 use super::weight::CpuWeight;
-use super::{ROUND_UNIT_LEN, Workspace, compact, tile};
+use super::{Activations, ROUND_UNIT_LEN, UNPACKED_BYTES, Workspace, compact, tile};
 use crate::cpu::ThreadPool;
-use crate::cpu::amx::{ROW_BYTES, TILE_ROWS, Tiles};
+use crate::cpu::amx::{ROW_BYTES, TILE_BYTES, TILE_ROWS, Tiles};
 use crate::cpu::thread_pool::{SharedMut, split};
 
 /// Rows of one call of a kernel.
@@ -42,17 +42,14 @@ const GROUP_STRETCH: usize = 256;
 /// Units that each thread should find, so that all are done at about the same time.
 const UNITS_PER_THREAD: usize = 4;
 
-/// Bytes of A tiles beside each other.
-const TILE_BYTES: usize = TILE_ROWS * ROW_BYTES;
-
 /// Outputs of a panel.
 pub(super) const WIDTH: usize = 32;
 
-/// Numbers of a thread's sums, and bytes of its unpacked weights.
+/// Numbers of a thread's sums.
 pub(super) const SUMS_LEN: usize = MAX_UNIT_ROWS * MAX_GROUP_LEN * WIDTH;
-pub(super) const UNPACKED_BYTES: usize = PANEL_STRETCH * WIDTH * 2;
 
-const _: () = assert!(MAX_GROUP_LEN * GROUP_STRETCH <= PANEL_STRETCH && MAX_PANEL_ROWS <= MAX_UNIT_ROWS);
+const _: () = assert!(PANEL_STRETCH * WIDTH * 2 <= UNPACKED_BYTES && MAX_PANEL_ROWS <= MAX_UNIT_ROWS);
+const _: () = assert!(MAX_GROUP_LEN * GROUP_STRETCH <= PANEL_STRETCH);
 
 /// The micro-kernels of a format.
 #[derive(Clone, Copy)]
@@ -95,19 +92,6 @@ pub(super) struct Call {
     pub(super) continues: bool,
 }
 
-/// Activations in tiles.
-#[derive(Clone, Copy)]
-struct Activations {
-    first: *const u8,
-    /// Bytes of 16 rows.
-    stride: usize,
-}
-
-// SAFETY: only read, and not written while the job runs that reads them.
-unsafe impl Sync for Activations {}
-// SAFETY: as above.
-unsafe impl Send for Activations {}
-
 impl Activations {
     /// The A tiles of a row, which is the first of 16.
     fn tiles(&self, row: usize) -> *const u8 {
@@ -140,7 +124,6 @@ pub(super) fn pass(
     let stride = activation_stride(&weight.kernel, in_features);
     round(pool, weight.kernel.activations, x, in_features, stride, workspace.activations.view_mut::<u8>());
     let activations = Activations { first: workspace.activations.as_ptr(), stride };
-    let (sums_len, unpacked_bytes) = (workspace.sums_len, workspace.unpacked_bytes);
     let sums = SharedMut::new(workspace.sums.view_mut::<f32>());
     let unpacked = SharedMut::new(workspace.unpacked.view_mut::<u8>());
     let num_panels = weight.num_panels();
@@ -158,8 +141,8 @@ pub(super) fn pass(
         // SAFETY: each worker has its own share of these, and does one unit at a time.
         let (sums, unpacked) = unsafe {
             (
-                sums.slice_mut(worker * sums_len..(worker + 1) * sums_len),
-                unpacked.slice_mut(worker * unpacked_bytes..(worker + 1) * unpacked_bytes),
+                sums.slice_mut(worker * SUMS_LEN..(worker + 1) * SUMS_LEN),
+                unpacked.slice_mut(worker * UNPACKED_BYTES..(worker + 1) * UNPACKED_BYTES),
             )
         };
         // SAFETY: the kernel was made for what the machine has, and a worker that begins a unit holds no tiles.

@@ -28,7 +28,7 @@ use super::softmax::State;
 use super::unit::{Unit, Vector};
 use super::work::Task;
 use super::{Batch, MAX_TILE_ROWS, ROWS_MULTIPLE, Scratch};
-use crate::cpu::amx::{ROW_BYTES, TILE_ROWS};
+use crate::cpu::amx::{ROW_BYTES, TILE_BYTES, TILE_ROWS};
 use crate::cpu::lanes::{LANES, Lanes, prefetch_early};
 use crate::kv_layout::MAX_HEAD_DIM;
 use crate::ops::paged_attention::{CHUNK_LEN, first_visible};
@@ -53,8 +53,6 @@ const AHEAD: usize = 8;
 
 /// Dimensions of a B tile of K.
 const TILE_DIMS: usize = 2 * TILE_ROWS;
-
-const TILE_BYTES: usize = TILE_ROWS * ROW_BYTES;
 
 /// From row to row, a little more than a stretch: rows a power of two apart would be in each other's way in the cache.
 const SCORE_STRIDE: usize = STRETCH_LEN + LANES;

@@ -14,7 +14,7 @@ use std::mem::MaybeUninit;
 
 use super::super::grouped::{self, ActivationGroup, activation_group_bytes, zero_index};
 use super::super::tiled::{Call, CallFn, TiledKernel, WIDTH};
-use super::{AHEAD_BYTES, SIXTEEN, STRIDE, fetch};
+use super::{AHEAD_BYTES, SIXTEEN, STRIDE, fetch, store};
 use crate::cpu::Isa;
 use crate::cpu::amx::{ROW_BYTES, TILE_ROWS, tile};
 use crate::tensor_format::IQ4_NL_CODES;
@@ -162,22 +162,6 @@ unsafe fn multiply<const R: usize, const GROUP: usize>(codes: *const u8, activat
                 tile!(i8u8 "tmm2", "tmm5", "tmm6");
                 tile!(i8u8 "tmm3", "tmm5", "tmm7");
             }
-        }
-    }
-}
-
-/// # Safety
-/// `to` has room for `R` tiles of rows.
-#[inline(always)]
-unsafe fn store<const R: usize>(to: *mut u8) {
-    const LOWER: usize = TILE_ROWS * STRIDE;
-    // SAFETY: by contract.
-    unsafe {
-        tile!(store "tmm0", to, STRIDE);
-        tile!(store "tmm1", to.add(SIXTEEN), STRIDE);
-        if R == 2 {
-            tile!(store "tmm2", to.add(LOWER), STRIDE);
-            tile!(store "tmm3", to.add(LOWER + SIXTEEN), STRIDE);
         }
     }
 }
