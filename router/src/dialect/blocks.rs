@@ -7,6 +7,9 @@ use super::{Parts, TextParser};
 pub(super) trait Block: Send {
     fn push(&mut self, text: &str, content: &mut Content, parts: &mut Parts);
 
+    /// Whether what came so far ends inside a value: a mark there is part of the value, and ends nothing.
+    fn is_in_value(&mut self) -> bool;
+
     /// The block ends with this mark, or, where that is empty, with the answer: some models end one in place of the mark.
     fn end(self, end: &str, content: &mut Content, parts: &mut Parts);
 }
@@ -44,7 +47,9 @@ impl<B: Block, F: Fn() -> B + Send> TextParser for Blocks<B, F> {
                     if scanner.next(&[*end], |text| inside.push(text, content, parts)).is_none() {
                         return;
                     }
-                    if let Some(inside) = block.take() {
+                    if inside.is_in_value() {
+                        inside.push(end, content, parts);
+                    } else if let Some(inside) = block.take() {
                         inside.end(end, content, parts);
                     }
                 }

@@ -96,6 +96,10 @@ impl Block for CallsBlock {
         }
     }
 
+    fn is_in_value(&mut self) -> bool {
+        matches!(&self.state, State::Arguments(end) if end.is_in_string())
+    }
+
     fn end(self, end: &str, content: &mut Content, parts: &mut Parts) {
         match self.state {
             // It was cut off.

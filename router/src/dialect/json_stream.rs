@@ -11,12 +11,19 @@ pub(super) struct ObjectEnd {
     depth: usize,
     in_string: bool,
     is_escaped: bool,
+    /// A string holds what no string of JSON does.
+    is_broken: bool,
 }
 
 impl ObjectEnd {
     /// Inside an object whose first bracket has gone by.
     fn inside() -> Self {
         Self { depth: 1, ..Self::default() }
+    }
+
+    /// Whether a string is open that may go on. A line that breaks within one says that its end was forgotten.
+    pub(super) fn is_in_string(&self) -> bool {
+        self.in_string && !self.is_broken
     }
 
     /// Cuts `text` behind the bracket that closes the object, where it is there.
@@ -26,6 +33,7 @@ impl ObjectEnd {
                 _ if self.is_escaped => self.is_escaped = false,
                 b'\\' if self.in_string => self.is_escaped = true,
                 b'"' => self.in_string = !self.in_string,
+                0..b' ' if self.in_string => self.is_broken = true,
                 b'{' | b'[' if !self.in_string => self.depth += 1,
                 b'}' | b']' if !self.in_string => {
                     self.depth = self.depth.saturating_sub(1);
@@ -113,6 +121,8 @@ struct Head {
     /// Where the open string begins.
     string: Option<usize>,
     is_escaped: bool,
+    /// See [`ObjectEnd`].
+    is_broken: bool,
     place: Place,
     key: String,
     name: Option<String>,
@@ -143,6 +153,7 @@ impl Head {
                 match byte {
                     _ if self.is_escaped => self.is_escaped = false,
                     b'\\' => self.is_escaped = true,
+                    0..b' ' => self.is_broken = true,
                     b'"' => {
                         self.string = None;
                         if self.depth == 0 {
@@ -260,6 +271,14 @@ impl JsonCalls {
         }
     }
 
+    fn is_in_string(&self) -> bool {
+        match &self.state {
+            State::Between => false,
+            State::Head(head) => head.string.is_some() && !head.is_broken,
+            State::Arguments(end) | State::Tail(end) => end.is_in_string(),
+        }
+    }
+
     /// Whether an object may begin behind what came since the last one.
     fn may_begin(&mut self) -> bool {
         let between: String = self.raw.split_whitespace().collect();
@@ -325,6 +344,10 @@ impl Block for CallBlock {
             self.calls = None;
             self.give_back(&unread, content, parts);
         }
+    }
+
+    fn is_in_value(&mut self) -> bool {
+        self.calls.as_ref().is_some_and(JsonCalls::is_in_string)
     }
 
     fn end(mut self, end: &str, content: &mut Content, parts: &mut Parts) {

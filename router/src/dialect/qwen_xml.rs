@@ -16,18 +16,38 @@ const PARAMETER: &str = "<parameter=";
 const PARAMETER_END: &str = "</parameter>";
 
 pub(super) fn parser(tools: Arc<[Tool]>) -> impl TextParser {
-    Blocks::new(BEGIN, END, move || WholeBlock { text: String::new(), tools: Arc::clone(&tools) })
+    Blocks::new(BEGIN, END, move || WholeBlock {
+        text: String::new(),
+        looked_at: 0,
+        in_value: false,
+        tools: Arc::clone(&tools),
+    })
 }
 
 /// Read when it is whole: values are typed by what is behind them. One that cannot be read is content, marks and all.
 struct WholeBlock {
     text: String,
+    /// How much of it was looked at for where values begin and end.
+    looked_at: usize,
+    in_value: bool,
     tools: Arc<[Tool]>,
 }
 
 impl Block for WholeBlock {
     fn push(&mut self, text: &str, _: &mut Content, _: &mut Parts) {
         self.text.push_str(text);
+    }
+
+    fn is_in_value(&mut self) -> bool {
+        loop {
+            let mark = if self.in_value { PARAMETER_END } else { PARAMETER };
+            let Some(at) = self.text[self.looked_at..].find(mark) else { break };
+            self.looked_at += at + mark.len();
+            self.in_value = !self.in_value;
+        }
+        // The mark that comes next is part of neither.
+        self.looked_at = self.text.len();
+        self.in_value
     }
 
     fn end(self, end: &str, content: &mut Content, parts: &mut Parts) {

@@ -99,6 +99,25 @@ fn cases() -> Vec<(ParserOptions, &'static str, Vec<Part>)> {
             vec![content("a <tool_call>{\"name\": }</tool_call> b </tool_call> <tool_cal")],
         ),
         (plain(T::Hermes), "<tool_call>[1, 2", vec![content("<tool_call>[1, 2")]),
+        // Marks within values are what the values say.
+        (
+            plain(T::Hermes),
+            "<tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": \"\\\"</tool_call><tool_call>\"}}\n</tool_call> ok",
+            vec![call("weather", json!({"city": "\"</tool_call><tool_call>"})), content(" ok")],
+        ),
+        (
+            plain(T::Hermes),
+            "<tool_call>{\"id\": \"</tool_call>\", \"name\": \"weather\", \"arguments\": {\"city\": \"Paris\"}, \
+             \"why\": \"</tool_call>\"}</tool_call>",
+            vec![paris()],
+        ),
+        // A string without its end goes on to the end of the line.
+        (
+            plain(T::Hermes),
+            "<tool_call>{\"name\": \"weather}\n</tool_call> a <tool_call>{\"name\": \"weather\", \
+             \"arguments\": {\"city\": \"Paris\"}}</tool_call>",
+            vec![content("<tool_call>{\"name\": \"weather}\n</tool_call> a"), paris()],
+        ),
         (plain(T::Llama3Json), "  {\"name\": \"weather\", \"parameters\": {\"city\": \"Paris\"}}\n", vec![paris()]),
         (
             plain(T::Llama3Json),
@@ -145,6 +164,17 @@ fn cases() -> Vec<(ParserOptions, &'static str, Vec<Part>)> {
             vec![content(
                 "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n{}<｜tool▁calls▁end｜>",
             )],
+        ),
+        (
+            plain(T::Qwen3Coder),
+            "<tool_call>\n<function=weather>\n<parameter=city>\n</tool_call>\n</parameter>\n</function>\n</tool_call>",
+            vec![call("weather", json!({"city": "</tool_call>"}))],
+        ),
+        (
+            plain(T::DeepseekV3),
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{\"city\": \"<｜tool▁calls▁end｜>\"}\
+             <｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            vec![call("weather", json!({"city": "<｜tool▁calls▁end｜>"}))],
         ),
         (
             plain(T::Qwen3Coder),
@@ -246,6 +276,9 @@ fn any_text() -> impl Strategy<Value = String> {
         "<|",
         "[TOOL",
         "{\"name\"",
+        "{\"name\": \"f\", \"arguments\": {\"a\": \"",
+        "\"",
+        "\\",
         "<|python_tag|>",
         "\u{1f600}",
     ];
@@ -315,8 +348,16 @@ fn hostile_output_takes_linear_time() {
         "; ",
     ];
     // What the repeated part may come behind.
-    let openings =
-        ["", "[TOOL_CALLS]", "[TOOL_CALLS]f{", "[TOOL_CALLS]f{}", "<tool_call>{\"name\": \"f\", ", "<|python_tag|>"];
+    let openings = [
+        "",
+        "[TOOL_CALLS]",
+        "[TOOL_CALLS]f{",
+        "[TOOL_CALLS]f{}",
+        "<tool_call>{\"name\": \"f\", ",
+        "<tool_call>{\"name\": \"",
+        "<tool_call><function=f><parameter=a>",
+        "<|python_tag|>",
+    ];
     for (options, opening) in all_options().iter().flat_map(|options| openings.map(|opening| (options, opening))) {
         for unit in units {
             let time = |bytes: usize| {
