@@ -467,3 +467,61 @@ fn outliers_of_compact_weights_are_kept() {
         check(&mut backend, &stacked(&matrix, WeightFormat::Bf16), &x, 7, None, Epilogue::Add);
     }
 }
+
+/// What a panel's window does not hold, and zeros, wherever they lie in what is unpacked and multiplied at once: alone and in batches
+/// of every walk the same bits.
+#[test]
+fn outliers_and_zeros_have_the_same_bits_in_every_batch() {
+    const ROWS: usize = 140;
+    const COLS: usize = 4200;
+    let mut rng = Rng::new(13);
+    let mut numbers = rng.normals(ROWS * COLS);
+    for edge in (32..COLS).step_by(32) {
+        let row = edge / 32 % ROWS;
+        numbers[row * COLS + edge] = if edge % 64 == 0 { 1e-9 } else { 0.0 };
+        numbers[(ROWS - 1 - row) * COLS + edge - 1] = if edge % 64 == 0 { -0.0 } else { -3e7 };
+    }
+    // Outputs of many zeros, some of which share panels with others.
+    numbers[70 * COLS..110 * COLS].iter_mut().step_by(3).for_each(|number| *number = 0.0);
+    let matrix = [Matrix::new(TensorFormat::Bf16, ROWS, COLS, &numbers)];
+    let row = rng.normals(COLS);
+    for mut backend in cpu_backends(&[2]) {
+        let source = stacked(&matrix, WeightFormat::Bf16);
+        check(&mut backend, &source, &row, 1, None, Epilogue::Store);
+        let weight = backend.pack_weight(&source).expect("a good source");
+        let alone = run(&mut backend, &weight, &row, 1, None, Epilogue::Store, &[0.0; ROWS]);
+        for num_rows in [17, 48, 49, 130, 513] {
+            let (x, out) = (row.repeat(num_rows), vec![0.0; num_rows * ROWS]);
+            let out = run(&mut backend, &weight, &x, num_rows, None, Epilogue::Store, &out);
+            for out in out.chunks_exact(ROWS) {
+                assert_same_bits(out, &alone);
+            }
+        }
+    }
+}
+
+/// Infinities among the weights reach their outputs and no others, whatever the other numbers' exponents are.
+#[test]
+fn infinite_weights_stay_in_their_output() {
+    const COLS: usize = 100;
+    let mut rng = Rng::new(14);
+    for scale in [1e-6, 1.0, 1e6] {
+        let mut numbers: Vec<f32> = rng.normals(70 * COLS).iter().map(|number| number * scale).collect();
+        (numbers[5 * COLS + 99], numbers[69 * COLS]) = (f32::INFINITY, f32::NAN);
+        let matrix = [Matrix::new(TensorFormat::Bf16, 70, COLS, &numbers)];
+        let x = vec![1.0; 3 * COLS];
+        for mut backend in cpu_backends(&[1]) {
+            let weight = backend.pack_weight(&stacked(&matrix, WeightFormat::Bf16)).expect("a good source");
+            let out = run(&mut backend, &weight, &x, 3, None, Epilogue::Store, &[0.0; 3 * 70]);
+            for out in out.chunks_exact(70) {
+                for (feature, out) in out.iter().enumerate() {
+                    match feature {
+                        5 => assert_eq!(*out, f32::INFINITY),
+                        69 => assert!(out.is_nan()),
+                        _ => assert!(out.is_finite(), "{:?}: {feature}", backend.isa()),
+                    }
+                }
+            }
+        }
+    }
+}

@@ -13,11 +13,12 @@
 
 pub(super) mod grouped;
 
-use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm512_storeu_si512};
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch, _mm512_storeu_si512};
 use std::mem::MaybeUninit;
 
+use super::compact::{self, Beside, Exception};
+use super::fp8;
 use super::tiled::{Call, TiledKernel, WIDTH};
-use super::{compact, fp8};
 use crate::cpu::Isa;
 use crate::cpu::amx::{ROW_BYTES, TILE_BYTES, TILE_ROWS, tile};
 use crate::cpu::lanes::{LANES, Lanes, Vectorized, vectorize};
@@ -39,11 +40,18 @@ const PAIR_BYTES: usize = TILE_STEPS * STEP_BYTES;
 /// Bytes from a row of a B tile, or of sums, to the next.
 const STRIDE: usize = WIDTH * 4;
 
-/// Bytes to the lower of two tiles of sums.
+/// Bytes to the next lower tile of sums.
 const LOWER: usize = TILE_ROWS * STRIDE;
 
 /// Bytes of 16 outputs in a row of a B tile or of sums.
 const SIXTEEN: usize = 64;
+
+/// Tiles of rows of a call at most.
+const MAX_TILES: usize = 3;
+
+/// After so many depths a tile is stored, to whatever end: a core that stored none for half a microsecond takes a quarter of one to
+/// store the next.
+const STORES_EVERY: usize = 5;
 
 /// B tiles below each other in a group of fp8.
 const GROUP_TILES: usize = LONG_GROUP_LEN / TILE_FEATURES;
@@ -51,11 +59,13 @@ const GROUP_TILES: usize = LONG_GROUP_LEN / TILE_FEATURES;
 /// Tiles that are unpacked and not yet multiplied, in a call that is alone, and some whose loads may still be on their way.
 const NUM_ROOMS: usize = 4;
 
+const _: () = assert!(NUM_ROOMS.is_power_of_two());
+
 /// Plain weights.
 pub(super) const BF16: TiledKernel = TiledKernel {
-    alone: [bf16::<1>, bf16::<2>],
-    first: [bf16::<1>, bf16::<2>],
-    later: [bf16::<1>, bf16::<2>],
+    alone: &[bf16::<1>, bf16::<2>, bf16::<3>],
+    first: &[bf16::<1>, bf16::<2>, bf16::<3>],
+    later: &[bf16::<1>, bf16::<2>, bf16::<3>],
     unpacks: false,
     depth: TILE_ROWS as u8,
     min_rows: 1,
@@ -64,17 +74,17 @@ pub(super) const BF16: TiledKernel = TiledKernel {
 
 /// Weights of 12 bits.
 pub(super) const COMPACT: TiledKernel = TiledKernel {
-    alone: [compact_bf16::<1, false>, compact_bf16::<2, false>],
-    first: [compact_bf16::<1, true>, compact_bf16::<2, true>],
+    alone: &[compact_bf16::<1, false>, compact_bf16::<2, false>, compact_bf16::<3, false>],
+    first: &[compact_bf16::<1, true>, compact_bf16::<2, true>, compact_bf16::<3, true>],
     unpacks: true,
     ..BF16
 };
 
 /// Weights of fp8.
 pub(super) const FP8: TiledKernel = TiledKernel {
-    alone: [fp8::<1, false>, fp8::<2, false>],
-    first: [fp8::<1, true>, fp8::<2, true>],
-    later: [unpacked_fp8::<1>, unpacked_fp8::<2>],
+    alone: &[fp8::<1, false>, fp8::<2, false>, fp8::<3, false>],
+    first: &[fp8::<1, true>, fp8::<2, true>, fp8::<3, true>],
+    later: &[unpacked_fp8::<1>, unpacked_fp8::<2>, unpacked_fp8::<3>],
     unpacks: true,
     grain: LONG_GROUP_LEN,
     ..BF16
@@ -86,10 +96,7 @@ unsafe fn bf16<const R: usize>(call: &Call) {
     // SAFETY: by contract.
     unsafe {
         multiply::<R>(&Product::of(call, call.num_steps / TILE_STEPS), |index| {
-            let weights = call.unpacked.wrapping_add(index * PAIR_BYTES).cast_const();
-            // The next ones, which lie in level 2 for most calls.
-            fetch_soon(weights.wrapping_add(PAIR_BYTES));
-            weights
+            call.unpacked.wrapping_add(index * PAIR_BYTES).cast_const()
         });
     }
 }
@@ -98,43 +105,114 @@ unsafe fn bf16<const R: usize>(call: &Call) {
 ///
 /// # Safety
 /// See `CallFn`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,gfni")]
 unsafe fn compact_bf16<const R: usize, const KEEP: bool>(call: &Call) {
-    let num_tiles = call.num_steps / TILE_STEPS;
-    let room = |index: usize| call.unpacked.wrapping_add(if KEEP { index } else { index % NUM_ROOMS } * PAIR_BYTES);
-    let unpack = |index: usize| {
-        if index < num_tiles {
-            let packed = call.weights.wrapping_add(index * TILE_STEPS * compact::STEP_BYTES);
-            for step in 0..TILE_STEPS {
-                fetch(packed.wrapping_add(step * compact::STEP_BYTES + AHEAD_BYTES), compact::STEP_BYTES / 64);
-                // SAFETY: by contract there are so many steps, and room for what is kept.
-                unsafe {
-                    unpack_step(packed.add(step * compact::STEP_BYTES), room(index).add(step * STEP_BYTES));
-                }
-            }
-        }
-    };
-    unpack(0);
-    // SAFETY: by contract; what a product takes was unpacked one tile before.
+    let beside = call.beside.expect("compact panels have something beside them");
+    // SAFETY: by contract; tiles come with all that this needs.
     unsafe {
-        multiply::<R>(&Product::of(call, num_tiles), |index| {
-            unpack(index + 1);
-            room(index).cast_const()
-        });
+        if beside.holds_zeros {
+            compact_tiles::<R, KEEP, true>(call, beside);
+        } else {
+            compact_tiles::<R, KEEP, false>(call, beside);
+        }
     }
 }
 
 /// # Safety
-/// A compact step lies at `packed`, and `room` has room for a plain one.
-#[inline]
+/// See [`compact_bf16`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,gfni")]
-unsafe fn unpack_step(packed: *const u8, room: *mut u8) {
-    // SAFETY: by contract.
+unsafe fn compact_tiles<const R: usize, const KEEP: bool, const HOLDS_ZEROS: bool>(call: &Call, beside: &Beside) {
+    let num_tiles = call.num_steps / TILE_STEPS;
+    let mut unpacking = Unpacking {
+        packed: call.weights,
+        index: 0,
+        num_tiles,
+        room: call.unpacked,
+        turn: if KEEP { usize::MAX } else { NUM_ROOMS - 1 },
+        beside,
+        first_feature: call.first_feature,
+        exceptions: beside.exceptions_from(call.first_feature),
+    };
+    // SAFETY: by contract there is room for all tiles where they are kept; what a product takes was unpacked one tile before.
     unsafe {
-        for (vector, pairs) in compact::unpack_step(packed).into_iter().enumerate() {
-            _mm512_storeu_si512(room.add(vector * SIXTEEN).cast(), pairs);
-        }
+        unpacking.unpack::<HOLDS_ZEROS>();
+        multiply::<R>(&Product::of(call, num_tiles), |index| {
+            unpacking.unpack::<HOLDS_ZEROS>();
+            call.unpacked.add((index & unpacking.turn) * PAIR_BYTES).cast_const()
+        });
     }
+}
+
+/// Where unpacking of a compact panel stands.
+struct Unpacking<'a> {
+    /// The next tile.
+    packed: *const u8,
+    index: usize,
+    num_tiles: usize,
+    /// Where tiles are unpacked: those that are equal in the bits of `turn` to the same place.
+    room: *mut u8,
+    turn: usize,
+    beside: &'a Beside,
+    /// Of the next tile.
+    first_feature: usize,
+    /// Those to come.
+    exceptions: &'a [Exception],
+}
+
+impl Unpacking<'_> {
+    /// Unpacks the next tile, if there is one.
+    ///
+    /// # Safety
+    /// There are a tile and its room; the processor has what [`compact::unpack_for_tiles`] needs.
+    #[inline(always)]
+    unsafe fn unpack<const HOLDS_ZEROS: bool>(&mut self) {
+        if self.index == self.num_tiles {
+            return;
+        }
+        let room = self.room.wrapping_add((self.index & self.turn) * PAIR_BYTES);
+        for step in 0..TILE_STEPS {
+            let packed = self.packed.wrapping_add(step * compact::STEP_BYTES);
+            fetch(packed.wrapping_add(AHEAD_BYTES), compact::STEP_BYTES / 64);
+            // SAFETY: by contract.
+            unsafe {
+                let numbers = compact::unpack_for_tiles::<HOLDS_ZEROS>(packed);
+                for (vector, numbers) in numbers.into_iter().enumerate() {
+                    _mm512_storeu_si512(room.add(step * STEP_BYTES + vector * SIXTEEN).cast(), numbers);
+                }
+            }
+        }
+        if self.exceptions.first().is_some_and(|first| (first.feature as usize) < self.first_feature + TILE_FEATURES) {
+            // SAFETY: by contract; those before this tile are done.
+            self.exceptions = unsafe { put_exceptions(self.beside, self.exceptions, self.first_feature, room) };
+        }
+        self.packed = self.packed.wrapping_add(TILE_STEPS * compact::STEP_BYTES);
+        self.first_feature += TILE_FEATURES;
+        self.index += 1;
+    }
+}
+
+/// Puts a tile's exceptions into it, and returns those that follow.
+///
+/// # Safety
+/// The tile has room at `room`, and no exception is of an earlier feature.
+#[inline(never)]
+unsafe fn put_exceptions<'a>(
+    beside: &Beside,
+    exceptions: &'a [Exception],
+    first_feature: usize,
+    room: *mut u8,
+) -> &'a [Exception] {
+    let mut rest = exceptions;
+    while let Some((exception, others)) = rest.split_first() {
+        let (feature, lane) = (exception.feature as usize - first_feature, usize::from(exception.lane));
+        if feature >= TILE_FEATURES {
+            break;
+        }
+        let place = feature / 2 * STRIDE + lane * 4 + feature % 2 * 2;
+        // SAFETY: a lane's pair lies in the tile.
+        unsafe { room.add(place).cast::<u16>().write(beside.tile_bits(exception)) };
+        rest = others;
+    }
+    rest
 }
 
 /// As [`compact_bf16`], a group at a time.
@@ -193,12 +271,12 @@ unsafe fn add_group<const R: usize>(call: &Call, group: usize, weights: *const u
 
 /// Sums of a group, `[rows][outputs]`.
 #[repr(C, align(64))]
-struct Products([[f32; WIDTH]; 2 * TILE_ROWS]);
+struct Products([[f32; WIDTH]; MAX_TILES * TILE_ROWS]);
 
 /// Adds sums of a group, times their scales, to a call's. Made where the contract of `CallFn` holds, and `products` has
 /// `R` tiles of rows.
 struct AddGroup<'a, const R: usize> {
-    call: &'a Call,
+    call: &'a Call<'a>,
     group: usize,
     products: *const Products,
 }
@@ -251,7 +329,7 @@ impl Product {
 }
 
 /// `R` tiles of rows by two of outputs. `weights` is asked once for each depth where its plain B tiles lie, ahead of the
-/// instructions that take them.
+/// instructions that take them. `to` holds anything until all is done.
 ///
 /// # Safety
 /// The thread holds `Tiles`, and all lies where `product` and `weights` say.
@@ -261,33 +339,87 @@ unsafe fn multiply<const R: usize>(product: &Product, mut weights: impl FnMut(us
     // SAFETY: by contract.
     unsafe {
         if let Some(from) = from {
-            tile!(load "tmm0", from, STRIDE);
-            tile!(load "tmm1", from.add(SIXTEEN), STRIDE);
-            if R == 2 {
-                tile!(load "tmm2", from.add(LOWER), STRIDE);
-                tile!(load "tmm3", from.add(LOWER + SIXTEEN), STRIDE);
-            }
+            load::<R>(from);
         } else {
-            tile!(zero "tmm0");
-            tile!(zero "tmm1");
-            tile!(zero "tmm2");
-            tile!(zero "tmm3");
+            zero::<R>();
         }
         for index in 0..num_tiles {
             let weights = weights(index);
-            tile!(load "tmm4", activations, ROW_BYTES);
-            tile!(load "tmm6", weights, STRIDE);
-            tile!(bf16 "tmm0", "tmm4", "tmm6");
-            tile!(load "tmm7", weights.add(SIXTEEN), STRIDE);
-            tile!(bf16 "tmm1", "tmm4", "tmm7");
-            if R == 2 {
-                tile!(load "tmm5", activations.add(stride), ROW_BYTES);
-                tile!(bf16 "tmm2", "tmm5", "tmm6");
-                tile!(bf16 "tmm3", "tmm5", "tmm7");
+            if R == 3 {
+                // Six tiles of sums leave two. What is loaded twice comes from level 1 the second time.
+                tile!(load "tmm6", activations, ROW_BYTES);
+                tile!(load "tmm7", weights, STRIDE);
+                tile!(bf16 "tmm0", "tmm6", "tmm7");
+                tile!(load "tmm7", weights.add(SIXTEEN), STRIDE);
+                tile!(bf16 "tmm1", "tmm6", "tmm7");
+                tile!(load "tmm6", activations.add(stride), ROW_BYTES);
+                tile!(bf16 "tmm3", "tmm6", "tmm7");
+                tile!(load "tmm7", weights, STRIDE);
+                tile!(bf16 "tmm2", "tmm6", "tmm7");
+                tile!(load "tmm6", activations.add(2 * stride), ROW_BYTES);
+                tile!(bf16 "tmm4", "tmm6", "tmm7");
+                tile!(load "tmm7", weights.add(SIXTEEN), STRIDE);
+                tile!(bf16 "tmm5", "tmm6", "tmm7");
+            } else {
+                tile!(load "tmm4", activations, ROW_BYTES);
+                tile!(load "tmm6", weights, STRIDE);
+                tile!(bf16 "tmm0", "tmm4", "tmm6");
+                tile!(load "tmm7", weights.add(SIXTEEN), STRIDE);
+                tile!(bf16 "tmm1", "tmm4", "tmm7");
+                if R == 2 {
+                    tile!(load "tmm5", activations.add(stride), ROW_BYTES);
+                    tile!(bf16 "tmm2", "tmm5", "tmm6");
+                    tile!(bf16 "tmm3", "tmm5", "tmm7");
+                }
+            }
+            if index % STORES_EVERY == STORES_EVERY - 1 {
+                tile!(store "tmm6", to, STRIDE);
             }
             activations = activations.add(TILE_BYTES);
         }
         store::<R>(to);
+    }
+}
+
+/// Tiles of sums to zero.
+///
+/// # Safety
+/// The thread holds `Tiles`.
+#[inline(always)]
+unsafe fn zero<const R: usize>() {
+    // SAFETY: by contract.
+    unsafe {
+        tile!(zero "tmm0");
+        tile!(zero "tmm1");
+        if R >= 2 {
+            tile!(zero "tmm2");
+            tile!(zero "tmm3");
+        }
+        if R == 3 {
+            tile!(zero "tmm4");
+            tile!(zero "tmm5");
+        }
+    }
+}
+
+/// Tiles of sums from memory, as [`store`] leaves them.
+///
+/// # Safety
+/// The thread holds `Tiles`; they are there.
+#[inline(always)]
+unsafe fn load<const R: usize>(from: *const u8) {
+    // SAFETY: by contract.
+    unsafe {
+        tile!(load "tmm0", from, STRIDE);
+        tile!(load "tmm1", from.add(SIXTEEN), STRIDE);
+        if R >= 2 {
+            tile!(load "tmm2", from.add(LOWER), STRIDE);
+            tile!(load "tmm3", from.add(LOWER + SIXTEEN), STRIDE);
+        }
+        if R == 3 {
+            tile!(load "tmm4", from.add(2 * LOWER), STRIDE);
+            tile!(load "tmm5", from.add(2 * LOWER + SIXTEEN), STRIDE);
+        }
     }
 }
 
@@ -301,9 +433,13 @@ unsafe fn store<const R: usize>(to: *mut u8) {
     unsafe {
         tile!(store "tmm0", to, STRIDE);
         tile!(store "tmm1", to.add(SIXTEEN), STRIDE);
-        if R == 2 {
+        if R >= 2 {
             tile!(store "tmm2", to.add(LOWER), STRIDE);
             tile!(store "tmm3", to.add(LOWER + SIXTEEN), STRIDE);
+        }
+        if R == 3 {
+            tile!(store "tmm4", to.add(2 * LOWER), STRIDE);
+            tile!(store "tmm5", to.add(2 * LOWER + SIXTEEN), STRIDE);
         }
     }
 }
@@ -318,14 +454,5 @@ fn fetch(from: *const u8, num_lines: usize) {
     for line in 0..num_lines {
         // SAFETY: fetching ahead reads nothing, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(line * 64).cast()) };
-    }
-}
-
-/// Asks for a B tile and the one beside it, which lie in level 2 and are wanted in a moment.
-#[inline(always)]
-fn fetch_soon(from: *const u8) {
-    for line in 0..PAIR_BYTES / 64 {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line * 64).cast()) };
     }
 }

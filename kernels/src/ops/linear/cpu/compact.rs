@@ -17,6 +17,11 @@
 //! 0 to 3 in `A`, 4 to 7 in `B`, 8 to 10 and the sign in `C`. Nothing moves between lanes.
 //!
 //! Sums stay one chain per output: the panel's products in ascending order of features, then its exceptions' likewise.
+//!
+//! Tiles (AMX) take whole blocks of numbers from memory, so exceptions are put into their places when a block is unpacked, and are
+//! products like the others. Numbers then have the exponent [`TILE_EXPONENT`] plus their code, which leaves room on both sides for those
+//! that a window does not hold. It is set by the instruction that takes the number from its word; a zero, which has no code of its own
+//! then, is an exception too, or told apart by two more instructions in panels with many.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -55,6 +60,10 @@ const SPARE_BIT: u32 = 11;
 /// What activations are multiplied by, 2^64.
 pub(super) const ACTIVATION_SCALE: f32 = (1_u128 << 64) as f32;
 
+/// Tiles take numbers with this exponent plus their code: near 1, where products are far from both ends of f32. It is set by
+/// an `or`, so its lowest four bits are zero.
+const TILE_EXPONENT: u16 = 112;
+
 /// Lanes of numbers in a line: two features of [`LANES`] outputs.
 const LINE_LEN: usize = 2 * LANES;
 
@@ -76,13 +85,15 @@ pub(super) struct Window {
 /// What a panel needs beside its lines.
 pub(super) struct Beside {
     window: Window,
-    /// Ascending in features for each lane.
+    /// In ascending order of features for each lane; of all lanes where tiles take them.
     pub(super) exceptions: Vec<Exception>,
+    /// Whether tiles are to tell zeros by their code; else zeros are among the exceptions.
+    pub(super) holds_zeros: bool,
 }
 
 impl Beside {
     pub(super) fn new(window: Window) -> Self {
-        Self { window, exceptions: Vec::new() }
+        Self { window, exceptions: Vec::new(), holds_zeros: true }
     }
 
     /// Asks for the exceptions, which lie elsewhere than the panel and are wanted when it is through.
@@ -90,6 +101,50 @@ impl Beside {
         for line in self.exceptions.chunks(64 / size_of::<Exception>()).take(MAX_LINES_AHEAD) {
             prefetch(line.as_ptr().cast());
         }
+    }
+
+    /// The exceptions of a feature and those that follow.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn exceptions_from(&self, feature: usize) -> &[Exception] {
+        let first = self.exceptions.partition_point(|exception| (exception.feature as usize) < feature);
+        &self.exceptions[first..]
+    }
+
+    /// Makes a panel of so many numbers, whose zeros are exceptions so far, ready for tiles: sorts exceptions, and leaves zeros to
+    /// unpacking where there are many. Returns how many are no zeros, or `None` where tiles cannot take one.
+    pub(super) fn settle(&mut self, num_numbers: usize) -> Option<usize> {
+        let is_zero = |exception: &Exception| exception.bits & !SIGN == 0;
+        let num_zeros = self.exceptions.iter().filter(|exception| is_zero(exception)).count();
+        let num_others = self.exceptions.len() - num_zeros;
+        self.holds_zeros = num_zeros > num_numbers / NUMBERS_PER_EXCEPTION;
+        if self.holds_zeros {
+            self.exceptions.retain(|exception| !is_zero(exception));
+            self.exceptions.shrink_to_fit();
+        }
+        self.exceptions.sort_unstable_by_key(|exception| (exception.feature, exception.lane));
+        let is_possible = |exception: &Exception| match exponent(exception.bits) {
+            0 => true,
+            // An infinity, or no number.
+            255 => false,
+            normal => (1..255).contains(&(i32::from(normal) + i32::from(self.window.tile_shift()))),
+        };
+        self.exceptions.iter().all(is_possible).then_some(num_others)
+    }
+
+    /// The bits of an exception as tiles take it: scaled as the panel is.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn tile_bits(&self, exception: &Exception) -> u16 {
+        match exponent(exception.bits) {
+            // What is less than a normal number is zero to tiles.
+            0 => exception.bits & SIGN,
+            _ => exception.bits.wrapping_add_signed(self.window.tile_shift() << FRACTION_BITS),
+        }
+    }
+
+    /// [`Beside::sum_scale`] where tiles multiplied.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn tile_sum_scale(&self) -> f32 {
+        f32::from_bits(((127 - i32::from(self.window.tile_shift())) as u32) << 23)
     }
 
     /// What finished sums are to be multiplied by.
@@ -177,6 +232,11 @@ impl Window {
         Self { lowest: best.nth((num_best - 1) / 2).expect("one of them has the most") }
     }
 
+    /// What is added to exponents for tiles: the code of the lowest, 1, becomes [`TILE_EXPONENT`] + 1.
+    fn tile_shift(self) -> i16 {
+        TILE_EXPONENT as i16 + 1 - self.lowest as i16
+    }
+
     /// What numbers are multiplied by when they are put into a panel: 2^(1 - lowest).
     fn scale(self) -> f32 {
         f32::from_bits(u32::from(128 - self.lowest) << 23)
@@ -194,7 +254,7 @@ impl Window {
 
     /// Puts pairs of numbers, one for each of 16 lanes (of `width`) from `first_lane` on, into a step that is zero there.
     /// `first_feature` is the first of a pair, and `step_features` are those of a step. Numbers outside the window become
-    /// exceptions.
+    /// exceptions, and so do zeros where they are `exceptional`, which are held all the same.
     #[inline(always)]
     pub(super) fn put(
         self,
@@ -202,6 +262,7 @@ impl Window {
         step: &mut [u8],
         (width, first_lane): (usize, usize),
         (step_features, first_feature): (usize, usize),
+        zeros_are_exceptional: bool,
         exceptions: &mut Vec<Exception>,
     ) {
         let mut numbers = [0_u16; LINE_LEN];
@@ -210,14 +271,14 @@ impl Window {
             for (number, bits) in numbers.iter_mut().zip([pair as u16, (pair >> 16) as u16]) {
                 let held = self.held(bits);
                 *number = held.unwrap_or(0);
-                all_held &= held.is_some();
+                all_held &= held.is_some() && !(zeros_are_exceptional && bits & !SIGN == 0);
             }
         }
         if !all_held {
             for feature in 0..2 {
                 for (lane, &pair) in pairs.iter().enumerate() {
                     let bits = (pair >> (16 * feature)) as u16;
-                    if self.held(bits).is_none() {
+                    if self.held(bits).is_none() || (zeros_are_exceptional && bits & !SIGN == 0) {
                         let (feature, lane) = ((first_feature + feature) as u32, (first_lane + lane) as u16);
                         exceptions.push(Exception { feature, lane, bits });
                     }
@@ -277,7 +338,7 @@ unsafe fn avx512_steps<const R: usize, const P: usize, const UNPACK: bool>(tile:
         let mut activations = tile.activations;
         let mut unpacked = tile.unpacked;
         for _ in 0..tile.num_steps {
-            let w = unpack_step(weights);
+            let w = unpack_step::<0, 0>(weights);
             fetch_ahead::<P>(prefetch, P == 3);
             if UNPACK {
                 for (v, w) in w.iter().enumerate() {
@@ -300,19 +361,23 @@ unsafe fn avx512_steps<const R: usize, const P: usize, const UNPACK: bool>(tile:
     }
 }
 
-/// The pairs of a step, as they lie in one of plain weights.
+/// The pairs of a step, as they lie in one of plain weights, with exponents that are their codes plus `EXPONENT` (a multiple
+/// of 16, the upper byte of whose bf16 is `EXPONENT_BYTE`), zeros among them.
 ///
 /// # Safety
 /// A step can be read at `weights`.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,gfni")]
-pub(super) unsafe fn unpack_step(weights: *const u8) -> [__m512i; 4] {
+pub(super) unsafe fn unpack_step<const EXPONENT: i32, const EXPONENT_BYTE: i32>(weights: *const u8) -> [__m512i; 4] {
     // In every byte, bits 3 to 5 go to 0 to 2, and bit 6 to 7; others become zero. (Byte 7 - i chooses the source of bit i.)
     const UPPER: i64 = i64::from_le_bytes([1 << 6, 0, 0, 0, 0, 1 << 5, 1 << 4, 1 << 3]);
     // Of three bits a, b, mask: a where the mask is 1, else b.
     const SELECT: i32 = 0b1110_0100;
+    // `a & b | c` of three bits.
+    const PART_OR: i32 = 0b1110_1010;
     let number = _mm512_set1_epi16(NUMBER as i16);
+    let exponent = _mm512_set1_epi16((EXPONENT << FRACTION_BITS) as i16);
     let (lowest_bits, low_byte) = (_mm512_set1_epi16(0xf), _mm512_set1_epi16(0xff));
     // SAFETY: by contract.
     let [a, b, c] = std::array::from_fn(|line| unsafe { _mm512_loadu_si512(weights.add(line * 64).cast()) });
@@ -321,13 +386,35 @@ pub(super) unsafe fn unpack_step(weights: *const u8) -> [__m512i; 4] {
         _mm512_srli_epi16::<{ SPARE_BIT - 4 }>(b),
         lowest_bits,
     );
-    let upper = _mm512_gf2p8affine_epi64_epi8::<0>(c, _mm512_set1_epi64(UPPER));
+    // An exponent's upper bits are in the upper byte; what becomes of lower bytes is not taken.
+    let upper = _mm512_gf2p8affine_epi64_epi8::<EXPONENT_BYTE>(c, _mm512_set1_epi64(UPPER));
     [
-        _mm512_and_si512(a, number),
-        _mm512_and_si512(b, number),
-        _mm512_and_si512(c, number),
+        _mm512_ternarylogic_epi32::<PART_OR>(a, number, exponent),
+        _mm512_ternarylogic_epi32::<PART_OR>(b, number, exponent),
+        _mm512_ternarylogic_epi32::<PART_OR>(c, number, exponent),
         _mm512_ternarylogic_epi32::<SELECT>(lower, upper, low_byte),
     ]
+}
+
+/// The pairs of a step as tiles take them, but for exceptions. Zeros where the panel `HOLDS_ZEROS`.
+///
+/// # Safety
+/// A step can be read at `weights`.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,gfni")]
+pub(super) unsafe fn unpack_for_tiles<const HOLDS_ZEROS: bool>(weights: *const u8) -> [__m512i; 4] {
+    // SAFETY: by contract.
+    unsafe {
+        if HOLDS_ZEROS {
+            let unsigned = _mm512_set1_epi16(!SIGN as i16);
+            let exponent = _mm512_set1_epi16((TILE_EXPONENT << FRACTION_BITS) as i16);
+            unpack_step::<0, 0>(weights)
+                .map(|number| _mm512_mask_add_epi16(number, _mm512_test_epi16_mask(number, unsigned), number, exponent))
+        } else {
+            unpack_step::<{ TILE_EXPONENT as i32 }, { (TILE_EXPONENT >> 1) as i32 }>(weights)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -339,7 +426,7 @@ mod tests {
         let mut step = [0; STEP_BYTES];
         let mut beside = Beside::new(window);
         for (group, pairs) in pairs.as_chunks::<LANES>().0.iter().enumerate() {
-            window.put(pairs, &mut step, (64, group * LANES), (2, 6), &mut beside.exceptions);
+            window.put(pairs, &mut step, (64, group * LANES), (2, 6), false, &mut beside.exceptions);
         }
         let number = |lane, feature| u32::from(beside.number(&step, 64, lane, feature));
         ((0..64).map(|lane| number(lane, 0) | number(lane, 1) << 16).collect(), beside.exceptions)

@@ -79,7 +79,8 @@ fn pack(
             let beside = beside.first_mut();
             let found =
                 vectorize(isa, PackPanel { isa, source, shape: &shape, kernel: &kernel, panel, target, beside });
-            num_exceptions.fetch_add(found, Ordering::Relaxed);
+            let _ = num_exceptions
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |sum| Some(sum.saturating_add(found)));
         }
     });
     Ok((num_exceptions.into_inner() <= max_exceptions).then_some(weight))
@@ -111,6 +112,10 @@ impl Vectorized for PackPanel<'_> {
             _ => kernel.step_bytes,
         };
         // Words of a lane in a step, and of a block.
+        #[cfg(target_arch = "x86_64")]
+        let for_tiles = kernel.tiled.is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        let for_tiles = false;
         let step_words = if kernel.is_compact { kernel.features_per_step / 2 } else { code_bytes / (width * 4) };
         let block_words = PACK_BLOCK / kernel.features_per_step * step_words;
         let mut stage = Stage { words: [[0; STAGE_WORDS]; LANES], numbers: [0.0; PACK_BLOCK] };
@@ -163,7 +168,8 @@ impl Vectorized for PackPanel<'_> {
                         if let (Some(window), Some(beside)) = (window, beside.as_deref_mut()) {
                             let target = &mut target[step * kernel.step_bytes..][..kernel.step_bytes];
                             let features = (kernel.features_per_step, 2 * (step * step_words + word));
-                            window.put(turned, target, (width, first_lane), features, &mut beside.exceptions);
+                            let exceptions = &mut beside.exceptions;
+                            window.put(turned, target, (width, first_lane), features, for_tiles, exceptions);
                             continue;
                         }
                         let at = step * kernel.step_bytes + (word * width + first_lane) * 4;
@@ -174,7 +180,14 @@ impl Vectorized for PackPanel<'_> {
                 }
             }
         }
-        beside.map_or(0, |beside| beside.exceptions.len())
+        beside.map_or(0, |beside| {
+            #[cfg(target_arch = "x86_64")]
+            if for_tiles {
+                // Where tiles cannot take one, more than any matrix may have.
+                return beside.settle(width * shape.in_features).unwrap_or(usize::MAX);
+            }
+            beside.exceptions.len()
+        })
     }
 }
 

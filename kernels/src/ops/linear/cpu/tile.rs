@@ -115,6 +115,7 @@ pub(super) struct Kernel {
     /// A panel has a multiple of so many steps.
     pub(super) step_multiple: usize,
     /// The micro-kernels on tiles, which are used for their numbers of rows where there are some.
+    #[cfg(target_arch = "x86_64")]
     pub(super) tiled: Option<&'static TiledKernel>,
     /// Input features of a step: 2 where pairs are interleaved, a group where they share a scale.
     pub(super) features_per_step: usize,
@@ -162,13 +163,9 @@ impl Kernel {
                 ..plain
             },
             #[cfg(target_arch = "x86_64")]
-            (Isa::Amx, WeightFormat::Bf16) => Self {
-                step_bytes: compact::STEP_BYTES,
-                is_compact: true,
-                activations: ActivationForm::ScaledBf16,
-                tiled: Some(&amx::COMPACT),
-                ..plain
-            },
+            (Isa::Amx, WeightFormat::Bf16) => {
+                Self { step_bytes: compact::STEP_BYTES, is_compact: true, tiled: Some(&amx::COMPACT), ..plain }
+            }
             _ => plain,
         }
     }
@@ -184,6 +181,7 @@ impl Kernel {
             activations: ActivationForm::Exact,
             activation_step_bytes: 4,
             is_compact: false,
+            #[cfg(target_arch = "x86_64")]
             tiled: None,
             tiles: Tiles::Dense(&[tiles!(portable, false); 5]),
             unpacking: None,

@@ -2,13 +2,13 @@
 //!
 //! * Few rows wait for the weights: a unit of work is a panel, gone through once from its beginning to its end. What is unpacked
 //!   goes to a few tiles' room and is taken from there at once.
-//! * More rows wait for both: a unit is a panel times all rows. The first rows go through a long stretch of the panel and leave it
-//!   unpacked for the others.
-//! * Many rows wait for activations: a unit is a group of panels times a block of rows, which pass over short stretches of all the
-//!   panels, so that activations are fetched once for the group. A stretch of one panel and that of a few rows fit the
-//!   level-1 cache.
+//! * More rows wait for both: a unit is a panel times a block of rows. The first rows go through a long stretch of the panel and
+//!   leave it unpacked for the others.
+//! * Many rows of many features wait for activations: a unit is a group of panels times a block of rows. Stretches are so long
+//!   that those of all the rows fit the level-2 cache, so that they are fetched once for the group.
 //!
-//! Activations lie in tiles: of each 16 rows the first 64 bytes, then the next 64, so that they are read in order.
+//! Stretches are as long as caches allow, since taking sums up from memory and leaving them there again costs as much as several
+//! tiles' products. Most weights have one. Activations lie in tiles: of each 16 rows the first 64 bytes, then the next 64, so that they are read in order.
 //! Either walk adds each output's products in the same order.
 
 use std::ops::Range;
@@ -18,13 +18,10 @@ use super::compact::Beside;
 use super::finish::Finish;
 use super::tile::{ActivationForm, Kernel};
 use super::weight::CpuWeight;
-use super::{Activations, ROUND_UNIT_LEN, UNPACKED_BYTES, Workspace, compact, tile};
+use super::{Activations, ROUND_UNIT_LEN, UNPACKED_BYTES, Workspace, tile};
 use crate::cpu::ThreadPool;
 use crate::cpu::amx::{ROW_BYTES, TILE_BYTES, TILE_ROWS, Tiles};
 use crate::cpu::thread_pool::{SharedMut, split};
-
-/// Rows of one call of a kernel.
-const CALL_ROWS: usize = 2 * TILE_ROWS;
 
 /// Rows up to which a unit is a panel.
 const MAX_PANEL_ROWS: usize = 128;
@@ -32,15 +29,17 @@ const MAX_PANEL_ROWS: usize = 128;
 /// Rows of a unit, of many.
 const MAX_UNIT_ROWS: usize = 512;
 
-/// Panels of a unit, of many rows.
-const MAX_GROUP_LEN: usize = 4;
+/// Panels of a unit, of many rows and several stretches.
+const MAX_GROUP_LEN: usize = 8;
 
-/// Input features of a stretch of a unit that is a panel, and of one that is a group.
-const PANEL_STRETCH: usize = 2048;
-const GROUP_STRETCH: usize = 256;
+/// Input features of a stretch.
+const MAX_STRETCH: usize = 2048;
+
+/// Activations of a stretch, of all rows: a megabyte of a level-2 cache.
+const MAX_STRETCH_NUMBERS: usize = 1 << 19;
 
 /// Units that each thread should find, so that all are done at about the same time.
-const UNITS_PER_THREAD: usize = 4;
+const UNITS_PER_THREAD: usize = 2;
 
 /// Outputs of a panel.
 pub(super) const WIDTH: usize = 32;
@@ -48,18 +47,17 @@ pub(super) const WIDTH: usize = 32;
 /// Numbers of a thread's sums.
 pub(super) const SUMS_LEN: usize = MAX_UNIT_ROWS * MAX_GROUP_LEN * WIDTH;
 
-const _: () = assert!(PANEL_STRETCH * WIDTH * 2 <= UNPACKED_BYTES && MAX_PANEL_ROWS <= MAX_UNIT_ROWS);
-const _: () = assert!(MAX_GROUP_LEN * GROUP_STRETCH <= PANEL_STRETCH);
+const _: () = assert!(MAX_STRETCH * WIDTH * 2 <= UNPACKED_BYTES && MAX_PANEL_ROWS <= MAX_UNIT_ROWS);
 
 /// The micro-kernels of a format.
 #[derive(Clone, Copy)]
 pub(super) struct TiledKernel {
-    /// Few rows times a whole panel. By tiles of rows - 1, as the others.
-    pub(super) alone: [CallFn; 2],
+    /// Few rows times a whole panel. By tiles of rows - 1, as the others, which are as many.
+    pub(super) alone: &'static [CallFn],
     /// The first rows times a stretch of a panel, which is left unpacked for others.
-    pub(super) first: [CallFn; 2],
+    pub(super) first: &'static [CallFn],
     /// More rows times a stretch of a panel, unpacked.
-    pub(super) later: [CallFn; 2],
+    pub(super) later: &'static [CallFn],
     /// Whether there is anything to unpack.
     pub(super) unpacks: bool,
     /// Words of a row of an A tile, and rows of a B tile.
@@ -70,13 +68,20 @@ pub(super) struct TiledKernel {
     pub(super) grain: usize,
 }
 
+impl TiledKernel {
+    /// Rows of one call at most.
+    fn call_rows(&self) -> usize {
+        self.alone.len() * TILE_ROWS
+    }
+}
+
 /// # Safety
 /// All that the call points to is there in the sizes that its numbers and the kernel's give; the thread holds
 /// [`Tiles`].
-pub(super) type CallFn = unsafe fn(&Call);
+pub(super) type CallFn = unsafe fn(&Call<'_>);
 
 /// The arguments of a micro-kernel.
-pub(super) struct Call {
+pub(super) struct Call<'a> {
     /// The first A tile.
     pub(super) activations: *const u8,
     /// Bytes to the first A tile of the next 16 rows.
@@ -90,6 +95,10 @@ pub(super) struct Call {
     pub(super) sums: *mut f32,
     /// Whether `sums` holds the chains so far; else they start at zero.
     pub(super) continues: bool,
+    /// Of the first step.
+    pub(super) first_feature: usize,
+    /// What a compact panel has beside it.
+    pub(super) beside: Option<&'a Beside>,
 }
 
 impl Activations {
@@ -127,15 +136,15 @@ pub(super) fn pass(
     let sums = SharedMut::new(workspace.sums.view_mut::<f32>());
     let unpacked = SharedMut::new(workspace.unpacked.view_mut::<u8>());
     let num_panels = weight.num_panels();
-    let wanted_units = UNITS_PER_THREAD * pool.num_threads();
-    let is_alone = num_rows <= CALL_ROWS;
-    let (group_len, stretch) = if num_rows <= MAX_PANEL_ROWS {
-        (1, PANEL_STRETCH)
+    let is_alone = num_rows <= tiled.call_rows();
+    let num_blocks = num_rows.div_ceil(MAX_UNIT_ROWS);
+    let stretch = (MAX_STRETCH_NUMBERS / num_rows.min(MAX_UNIT_ROWS)).min(MAX_STRETCH);
+    let group_len = if num_rows <= MAX_PANEL_ROWS || in_features <= stretch {
+        1
     } else {
-        ((num_panels / wanted_units).clamp(1, MAX_GROUP_LEN), GROUP_STRETCH)
+        (num_panels / (UNITS_PER_THREAD * pool.num_threads())).clamp(1, MAX_GROUP_LEN)
     };
     let num_groups = num_panels.div_ceil(group_len);
-    let num_blocks = num_rows.div_ceil(MAX_UNIT_ROWS);
     let shared = Shared { weight, tiled, activations, finish, out, stretch };
     pool.run_units(num_groups * num_blocks, &|worker, unit| {
         // SAFETY: each worker has its own share of these, and does one unit at a time.
@@ -152,8 +161,9 @@ pub(super) fn pass(
             if is_alone {
                 shared.alone(unit, num_rows, sums, unpacked);
             } else {
-                let panels = split(num_panels, 1, unit / num_blocks, num_groups);
-                let rows = split(num_rows, CALL_ROWS, unit % num_blocks, num_blocks);
+                // Of a block all panels, one after the other: its activations stay in a cache.
+                let panels = split(num_panels, 1, unit % num_groups, num_groups);
+                let rows = split(num_rows, TILE_ROWS, unit / num_groups, num_blocks);
                 shared.group(panels, rows, sums, unpacked);
             }
         }
@@ -171,16 +181,16 @@ struct Shared<'a> {
 }
 
 impl Shared<'_> {
-    /// All rows, at most [`CALL_ROWS`], times a panel.
+    /// All rows, as many as a call may have, times a panel.
     ///
     /// # Safety
     /// No other thread writes this panel's columns; the thread holds [`Tiles`].
     unsafe fn alone(&self, panel: usize, num_rows: usize, sums: &mut [f32], unpacked: &mut [u8]) {
         let Self { weight, tiled, activations, .. } = *self;
         let start = weight.panel(panel);
-        let beside = weight.beside(panel);
-        if let Some(beside) = beside {
-            beside.fetch_ahead();
+        // The next panel's, which lies elsewhere and is wanted at its beginning.
+        if let Some(next) = weight.beside(panel + 1) {
+            next.fetch_ahead();
         }
         let call = Call {
             activations: activations.first,
@@ -190,6 +200,8 @@ impl Shared<'_> {
             unpacked: if tiled.unpacks { unpacked.as_mut_ptr() } else { start.cast_mut() },
             sums: sums.as_mut_ptr(),
             continues: false,
+            first_feature: 0,
+            beside: weight.beside(panel),
         };
         // SAFETY: by contract; sums have room for whole tiles.
         unsafe {
@@ -208,35 +220,37 @@ impl Shared<'_> {
         let grain = (tiled.grain / kernel.features_per_step).max(1);
         let num_steps = weight.num_steps();
         let num_stretches = num_steps.div_ceil(self.stretch / kernel.features_per_step);
-        let num_calls = rows.len().div_ceil(CALL_ROWS);
-        let panel_sums = num_calls * CALL_ROWS * WIDTH;
-        let room = self.stretch * WIDTH * 2;
+        let num_tiles = rows.len().div_ceil(TILE_ROWS);
+        let num_calls = num_tiles.div_ceil(tiled.later.len());
         for stretch in 0..num_stretches {
             let steps = split(num_steps, grain, stretch, num_stretches);
-            let start = |panel: usize| weight.panel(panel).wrapping_add(steps.start * kernel.step_bytes);
             let first_tile = steps.start * kernel.activation_step_bytes * TILE_ROWS;
-            for index in 0..num_calls {
-                let call_rows = rows.start + index * CALL_ROWS..rows.end.min(rows.start + (index + 1) * CALL_ROWS);
-                for (group, panel) in panels.clone().enumerate() {
-                    let sums = &mut sums[group * panel_sums..][index * CALL_ROWS * WIDTH..][..CALL_ROWS * WIDTH];
-                    let weights = start(panel);
-                    let unpacked =
-                        if tiled.unpacks { unpacked[group * room..][..room].as_mut_ptr() } else { weights.cast_mut() };
-                    let calls = if index == 0 { tiled.first } else { tiled.later };
+            for (group, panel) in panels.clone().enumerate() {
+                let weights = weight.panel(panel).wrapping_add(steps.start * kernel.step_bytes);
+                for index in 0..num_calls {
+                    let tiles = split(num_tiles, 1, index, num_calls);
+                    // Sums that nobody takes up again lie in one place, which stays in the level-1 cache.
+                    let first_sum = if num_stretches == 1 { 0 } else { group * num_tiles + tiles.start };
+                    let sums = &mut sums[first_sum * TILE_ROWS * WIDTH..][..tiles.len() * TILE_ROWS * WIDTH];
+                    let call_rows =
+                        rows.start + tiles.start * TILE_ROWS..rows.end.min(rows.start + tiles.end * TILE_ROWS);
                     let call = Call {
                         activations: activations.tiles(call_rows.start).wrapping_add(first_tile),
                         activation_stride: activations.stride,
                         weights,
                         num_steps: steps.len(),
-                        unpacked,
+                        unpacked: if tiled.unpacks { unpacked.as_mut_ptr() } else { weights.cast_mut() },
                         sums: sums.as_mut_ptr(),
                         continues: stretch > 0,
+                        first_feature: steps.start * kernel.features_per_step,
+                        beside: weight.beside(panel),
                     };
+                    let calls = if index == 0 { tiled.first } else { tiled.later };
                     // SAFETY: by contract; rows and steps lie inside activations and panel.
                     unsafe {
-                        calls[(call_rows.len() - 1) / TILE_ROWS](&call);
+                        calls[tiles.len() - 1](&call);
                         if stretch + 1 == num_stretches {
-                            self.finish(panel, call_rows.clone(), sums);
+                            self.finish(panel, call_rows, sums);
                         }
                     }
                 }
@@ -244,23 +258,12 @@ impl Shared<'_> {
         }
     }
 
-    /// Adds what is beside the panel to finished sums of `rows`, and writes outputs.
+    /// Writes outputs from finished sums of `rows`, in whole tiles.
     ///
     /// # Safety
     /// No other thread writes this panel's columns of these rows.
-    unsafe fn finish(&self, panel: usize, rows: Range<usize>, sums: &mut [f32]) {
-        let beside = self.weight.beside(panel);
-        let sums = &mut sums[..rows.len() * WIDTH];
-        if let Some(beside) = beside {
-            for (index, sums) in sums.chunks_mut(TILE_ROWS * WIDTH).enumerate() {
-                let tiles = self.activations.tiles(rows.start + index * TILE_ROWS);
-                let x =
-                    |feature: usize| tiles.wrapping_add(feature * 2 / ROW_BYTES * TILE_BYTES + feature * 2 % ROW_BYTES);
-                // SAFETY: the rows are among the activations, and features of exceptions are the weight's.
-                unsafe { beside.add_exceptions(WIDTH, sums, ROW_BYTES, x) };
-            }
-        }
-        let sum_scale = beside.map_or(1.0, Beside::sum_scale);
+    unsafe fn finish(&self, panel: usize, rows: Range<usize>, sums: &[f32]) {
+        let sum_scale = self.weight.beside(panel).map_or(1.0, Beside::tile_sum_scale);
         // SAFETY: by contract.
         unsafe { self.finish.run(panel, rows, sum_scale, sums, self.out) };
     }
@@ -268,7 +271,6 @@ impl Shared<'_> {
 
 /// Rounds the rows of `x` into tiles.
 fn round(pool: &ThreadPool, form: ActivationForm, x: &[f32], in_features: usize, stride: usize, target: &mut [u8]) {
-    let scale = if form == ActivationForm::ScaledBf16 { compact::ACTIVATION_SCALE } else { 1.0 };
     let num_rows = x.len() / in_features;
     let target = SharedMut::new(target);
     let unit_rows = (ROUND_UNIT_LEN / in_features).max(1);
@@ -289,7 +291,7 @@ fn round(pool: &ThreadPool, form: ActivationForm, x: &[f32], in_features: usize,
                 // SAFETY: rows have lines of their own.
                 let line = unsafe { target.slice_mut(start..start + ROW_BYTES) };
                 // SAFETY: whoever has tiles has AVX-512 with bf16; a line is one vector.
-                unsafe { tile::round_row_avx512(&x[..x.len().min(ROW_BYTES / 2)], scale, line) };
+                unsafe { tile::round_row_avx512(&x[..x.len().min(ROW_BYTES / 2)], 1.0, line) };
             }
         }
     });

@@ -41,7 +41,7 @@ macro_rules! kernel {
         }
     };
     (@calls $place:ident, $group:literal $packed:literal $table:literal $min:literal) => {
-        [
+        &[
             groups::<1, $group, $packed, $table, $min, $place> as CallFn,
             groups::<2, $group, $packed, $table, $min, $place> as CallFn,
         ]
