@@ -1,7 +1,7 @@
-//! Micro-kernels on tiles: 16 or 32 rows of activations times one panel of 32 outputs, bf16 and fp8.
+//! Micro-kernels on tiles: 16, 32 or 48 rows of activations times one panel of 32 outputs, bf16 and fp8.
 //!
 //! A panel's step is two pairs of features of 32 outputs, so 8 steps are two B tiles beside each other, and 64 bytes of 16 rows
-//! of activations are an A tile: two by two of them are four tiles of sums, and each that is loaded is used twice. Weights that lie
+//! of activations are an A tile: three by two of them are six tiles of sums, for which five come from further than level 1. Weights that lie
 //! otherwise are put so first. A call that is alone does that a tile ahead of the one that is multiplied, so that vectors and
 //! tiles are at work together.
 //!

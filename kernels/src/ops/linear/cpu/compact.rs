@@ -62,6 +62,7 @@ pub(super) const ACTIVATION_SCALE: f32 = (1_u128 << 64) as f32;
 
 /// Tiles take numbers with this exponent plus their code: near 1, where products are far from both ends of f32. It is set by
 /// an `or`, so its lowest four bits are zero.
+#[cfg(target_arch = "x86_64")]
 const TILE_EXPONENT: u16 = 112;
 
 /// Lanes of numbers in a line: two features of [`LANES`] outputs.
@@ -88,12 +89,18 @@ pub(super) struct Beside {
     /// In ascending order of features for each lane; of all lanes where tiles take them.
     pub(super) exceptions: Vec<Exception>,
     /// Whether tiles are to tell zeros by their code; else zeros are among the exceptions.
+    #[cfg(target_arch = "x86_64")]
     pub(super) holds_zeros: bool,
 }
 
 impl Beside {
     pub(super) fn new(window: Window) -> Self {
-        Self { window, exceptions: Vec::new(), holds_zeros: true }
+        Self {
+            window,
+            exceptions: Vec::new(),
+            #[cfg(target_arch = "x86_64")]
+            holds_zeros: true,
+        }
     }
 
     /// Asks for the exceptions, which lie elsewhere than the panel and are wanted when it is through.
@@ -112,6 +119,7 @@ impl Beside {
 
     /// Makes a panel of so many numbers, whose zeros are exceptions so far, ready for tiles: sorts exceptions, and leaves zeros to
     /// unpacking where there are many. Returns how many are no zeros, or `None` where tiles cannot take one.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn settle(&mut self, num_numbers: usize) -> Option<usize> {
         let is_zero = |exception: &Exception| exception.bits & !SIGN == 0;
         let num_zeros = self.exceptions.iter().filter(|exception| is_zero(exception)).count();
@@ -233,6 +241,7 @@ impl Window {
     }
 
     /// What is added to exponents for tiles: the code of the lowest, 1, becomes [`TILE_EXPONENT`] + 1.
+    #[cfg(target_arch = "x86_64")]
     fn tile_shift(self) -> i16 {
         TILE_EXPONENT as i16 + 1 - self.lowest as i16
     }

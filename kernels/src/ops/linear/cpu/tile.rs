@@ -2,7 +2,7 @@
 //!
 //! | kernel        | panel | tile | a step is        | weights of a step          |
 //! |---------------|-------|------|------------------|----------------------------|
-//! | AMX, bf16 and fp8 | 32 | 32x32 | four features   | as the next; see [`super::tiled`] |
+//! | AMX, bf16 and fp8 | 32 | 48x32 | four features   | as the next; see [`super::tiled`] |
 //! | AVX-512 BF16, bf16 | 64 | 6x64 | two features    | `[64][2]` in 12 bits each ([`compact`]), or plain; `vdpbf16ps` |
 //! | AVX-512, bf16 | 64    | 6x64 | two features     | `[64][2]` bf16, widened, FMA |
 //! | AVX-512, f32  | 64    | 6x64 | one feature      | `[64]` f32, FMA            |
