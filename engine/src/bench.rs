@@ -25,6 +25,7 @@ use crate::executor::{self, Device, Executor};
 use crate::handle::ModelInfo;
 use crate::kv_cache::KvPlan;
 use crate::model_executor::{Loaded, ModelExecutor, Work};
+use crate::model_files::ModelFiles;
 use crate::source::ModelSource;
 
 /// Steps before those that are timed: caches, frequencies and sleeping threads settle.
@@ -91,7 +92,8 @@ impl OnDevice for Load<'_> {
 
     fn run<B: Backend>(self, backend: B, peaks: Peaks, note: Option<String>) -> Result<ModelBench, EngineError> {
         let Self { source, engine, settings } = self;
-        let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, source, engine, settings, note, 0)?;
+        let files = ModelFiles::open(source, engine)?;
+        let Loaded { executor, info, kv_plan } = ModelExecutor::load(backend, files, engine, settings, note, 0)?;
         let work = executor.work();
         let executor = Box::new(executor);
         Ok(ModelBench { executor, info, peaks, kv_plan, settings: settings.clone(), work, num_requests: 0 })

@@ -390,6 +390,8 @@ pub(crate) struct Commands {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wait {
     No,
+    /// Not longer than this.
+    For(Duration),
     Yes,
 }
 
@@ -508,9 +510,15 @@ impl Shared {
         commands.aborts.clear();
         commands.ended_choices.clear();
         let mut inbox = lock(&self.inbox);
-        while wait == Wait::Yes && inbox.is_empty() && !inbox.shutdown {
-            inbox = self.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner);
-        }
+        let has_nothing = |inbox: &mut Inbox| inbox.is_empty() && !inbox.shutdown;
+        inbox = match wait {
+            Wait::No => inbox,
+            Wait::For(time) => {
+                let waited = self.wake.wait_timeout_while(inbox, time, has_nothing);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+            Wait::Yes => self.wake.wait_while(inbox, has_nothing).unwrap_or_else(PoisonError::into_inner),
+        };
         let num_taken = inbox.submissions.len().min(max_submissions);
         commands.submissions.extend(inbox.submissions.drain(..num_taken));
         let taken_tokens: u64 = commands.submissions.iter().map(|queued| num_tokens(&queued.submission)).sum();

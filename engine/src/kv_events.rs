@@ -7,9 +7,9 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use quire_scheduler::{KvEvent, KvEvents, KvGroupKind};
+use quire_scheduler::{KvEvent, KvEvents, KvGroupKind, Time};
 use tokio::sync::{oneshot, watch};
 
 use crate::handle::{Shared, lock};
@@ -21,6 +21,8 @@ pub(crate) const MAX_STEP_EVENTS: usize = 1 << 16;
 /// Batches, and events in them, that are kept for subscribers that are behind.
 const MAX_BATCHES: usize = 4096;
 const MAX_EVENTS: usize = 1 << 17;
+/// All blocks are copied at most once in so long, for all who wait for them: whoever subscribes in a loop slows nobody down.
+pub(crate) const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(1);
 /// Blocks in a batch of a [snapshot](Snapshot).
 const SNAPSHOT_BLOCKS: usize = 1024;
 
@@ -163,6 +165,45 @@ impl KvEventHub {
     }
 }
 
+/// Subscribers that wait for all blocks, on the engine's thread. At most as many as there are places, and one for each that left
+/// since the last one came.
+pub(crate) struct SnapshotQueue {
+    waiting: Vec<oneshot::Sender<AllBlocks>>,
+    interval_micros: u64,
+    /// When blocks were copied last.
+    last: Option<Time>,
+}
+
+impl SnapshotQueue {
+    /// For a snapshot in each `interval`.
+    pub(crate) fn new(interval: Duration) -> Self {
+        let interval_micros = u64::try_from(interval.as_micros()).unwrap_or(u64::MAX);
+        Self { waiting: Vec::new(), interval_micros, last: None }
+    }
+
+    /// Takes in who came.
+    pub(crate) fn add(&mut self, new: &mut Vec<oneshot::Sender<AllBlocks>>) {
+        self.waiting.retain(|reply| !reply.is_closed());
+        self.waiting.append(new);
+    }
+
+    /// How long it is until [`take_due`](Self::take_due) is worth a call; `None` where nobody waits.
+    pub(crate) fn wait(&self, now: Time) -> Option<Duration> {
+        let next = self.last.map_or(now.0, |last| last.0.saturating_add(self.interval_micros));
+        (!self.waiting.is_empty()).then(|| Duration::from_micros(next.saturating_sub(now.0)))
+    }
+
+    /// Who gets the snapshot that is made now; nobody where it is too early for one.
+    pub(crate) fn take_due(&mut self, now: Time) -> Vec<oneshot::Sender<AllBlocks>> {
+        self.waiting.retain(|reply| !reply.is_closed());
+        if self.wait(now) != Some(Duration::ZERO) {
+            return Vec::new();
+        }
+        self.last = Some(now);
+        std::mem::take(&mut self.waiting)
+    }
+}
+
 /// A place among the subscribers.
 struct Place(Arc<Shared>);
 
@@ -287,6 +328,41 @@ mod tests {
         let before = hub.last_number();
         hub.push(KvEvents { has_lost: true, ..removed(1) });
         assert_eq!(hub.next_from(before + 1).map(|batch| batch.sequence_number), Some(before + 2));
+    }
+
+    #[test]
+    fn whoever_comes_in_a_loop_gets_one_snapshot_in_an_interval() {
+        let mut queue = SnapshotQueue::new(Duration::from_millis(10));
+        let mut num_snapshots = 0;
+        // Three come each millisecond; of those that wait one stays, the others leave at once.
+        let mut staying = Vec::new();
+        for milli in 0..100 {
+            let now = Time(5_000 + milli * 1_000);
+            let (mut new, answers): (Vec<_>, Vec<_>) = (0..3).map(|_| oneshot::channel::<AllBlocks>()).unzip();
+            staying.extend(answers.into_iter().take(1));
+            queue.add(&mut new);
+            assert!(new.is_empty() && queue.waiting.len() <= 10 + 3, "{}", queue.waiting.len());
+            let due = queue.take_due(now);
+            assert_eq!(due.is_empty(), milli % 10 != 0, "{milli}");
+            if !due.is_empty() {
+                num_snapshots += 1;
+                // All who waited get the same one.
+                assert_eq!(due.len(), staying.len());
+                staying.clear();
+                assert_eq!(queue.wait(now), None);
+            } else {
+                assert_eq!(queue.wait(now), Some(Duration::from_millis(10 - milli % 10)));
+            }
+        }
+        assert_eq!(num_snapshots, 10);
+        // After a pause there is one at once.
+        drop(staying);
+        let gone = oneshot::channel().0;
+        queue.add(&mut vec![gone]);
+        assert!(queue.take_due(Time(1_000_000)).is_empty(), "nobody waits for an answer that nobody hears");
+        let (reply, _answer) = oneshot::channel();
+        queue.add(&mut vec![reply]);
+        assert_eq!(queue.take_due(Time(1_000_000)).len(), 1);
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod model_executor;
 mod model_files;
 mod models;
 mod observer;
+mod opened_model;
 pub mod pooling;
 mod sampler;
 mod source;
@@ -49,8 +50,10 @@ pub use handle::{
     DeviceMemoryUse, EngineHandle, EngineHealth, MAX_LOGPROBS, ModelInfo, Submission, TokenEvent, TokenStream,
 };
 pub use kv_events::{KvEventBatch, KvEventStream, MAX_KV_SUBSCRIBERS, Snapshot, SubscribeError};
-pub use memory_plan::{MemoryNeed, free_memory, memory_need};
+pub use memory_plan::{MemoryNeed, free_memory};
+pub use model_files::ModelFiles;
 pub use observer::{StepObserver, StepReport};
+pub use opened_model::OpenedModel;
 pub use quire_kernels::DeviceInfo;
 pub use quire_scheduler as scheduler;
 pub use source::{EmbeddedModel, ModelSource};
@@ -69,12 +72,13 @@ pub fn start(
     scheduler: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
-    start_beside(source, engine, scheduler, observer, 0)
+    start_beside(ModelFiles::open(source, engine)?, engine, scheduler, observer, 0)
 }
 
-/// As [`start`], where `reserved_bytes` of the host's free memory are for other models of this process.
+/// As [`start`], of files that were opened, where `reserved_bytes` of the host's free memory are for other models of this
+/// process.
 pub fn start_beside(
-    source: &ModelSource,
+    files: ModelFiles,
     engine: &EngineConfig,
     scheduler: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
@@ -84,14 +88,14 @@ pub fn start_beside(
     step_loop::check_depth(engine.pipeline_depth)?;
     let (device, note) = executor::open_device(engine)?;
     match device {
-        Device::Cpu(backend) => start_on(*backend, source, engine, scheduler, observer, note, reserved_bytes),
-        Device::Cuda(backend) => start_on(*backend, source, engine, scheduler, observer, note, reserved_bytes),
+        Device::Cpu(backend) => start_on(*backend, files, engine, scheduler, observer, note, reserved_bytes),
+        Device::Cuda(backend) => start_on(*backend, files, engine, scheduler, observer, note, reserved_bytes),
     }
 }
 
 fn start_on<B: Backend>(
     backend: B,
-    source: &ModelSource,
+    files: ModelFiles,
     engine: &EngineConfig,
     settings: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
@@ -99,10 +103,10 @@ fn start_on<B: Backend>(
     reserved_bytes: u64,
 ) -> Result<EngineHandle, EngineError> {
     let pipeline_depth = if backend.computes_beside_the_host() { 1 } else { engine.pipeline_depth };
-    let loaded = ModelExecutor::load(backend, source, engine, settings, device_note, reserved_bytes)?;
+    let loaded = ModelExecutor::load(backend, files, engine, settings, device_note, reserved_bytes)?;
     let Loaded { executor, info, kv_plan } = loaded;
     let scheduler = Scheduler::new(scheduler_config(info.max_model_len, settings, kv_plan.groups))?;
-    step_loop::spawn(executor, scheduler, info, pipeline_depth, observer)
+    step_loop::spawn(executor, scheduler, info, pipeline_depth, kv_events::SNAPSHOT_INTERVAL, observer)
 }
 
 /// The scheduler's budgets, where settings that are 0 follow from the model.

@@ -18,7 +18,7 @@ use quire_kernels::ops::sample::NON_FINITE;
 use quire_kernels::{Backend, DType, KernelError, StepLimits};
 use quire_scheduler::{Admission, RowId, SequenceOutput, StepOutput, StepPlan};
 
-use crate::config::{DTypeChoice, EngineConfig, KvDTypeChoice, LoadFormat, SchedulerSettings};
+use crate::config::{DTypeChoice, EngineConfig, KvDTypeChoice, SchedulerSettings};
 use crate::constraint::Grammar;
 use crate::error::EngineError;
 use crate::executor::Executor;
@@ -31,7 +31,6 @@ use crate::model_files::ModelFiles;
 use crate::models::decoder::{Decoder, EMBEDDING, Output};
 use crate::models::loader::WeightChoice;
 use crate::sampler::SamplerRows;
-use crate::source::ModelSource;
 use decode_graphs::{DecodeGraphs, Recorded};
 use device_model::DeviceModel;
 use masked::MaskedRow;
@@ -90,13 +89,13 @@ impl<B: Backend> ModelExecutor<B> {
     /// Loads a model and takes all the memory that serving it needs; `reserved_bytes` of the host's are for others.
     pub(crate) fn load(
         mut backend: B,
-        source: &ModelSource,
+        files: ModelFiles,
         engine: &EngineConfig,
         settings: &SchedulerSettings,
         device_note: Option<String>,
         reserved_bytes: u64,
     ) -> Result<Loaded<B>, EngineError> {
-        let ModelFiles { mut config, weights, eos_token_ids } = ModelFiles::open(source, engine)?;
+        let ModelFiles { mut config, weights, eos_token_ids } = files;
         let dtype = dtype(engine.dtype, weights.dtype_of(EMBEDDING).or(config.dtype));
         let choice = WeightChoice { dtype, quantize: engine.quantize };
 
@@ -114,9 +113,7 @@ impl<B: Backend> ModelExecutor<B> {
         let windows = plan.windows;
         let max_num_tokens = settings.max_num_batched_tokens as usize;
         let before = backend.memory()?;
-        if engine.load_format == LoadFormat::Dummy || weights.dtype_of(EMBEDDING).is_some() {
-            device_memory::check_weights(&mut backend, &config, choice)?;
-        }
+        device_memory::check_weights(&mut backend, &config, &weights, choice)?;
         let decoder = Decoder::load(&mut backend, config, &weights, choice, max_num_tokens, &windows, Output::Logits)
             .map_err(|error| device_memory::explain(&mut backend, before, error))?;
         let digest = weights.digest();

@@ -16,11 +16,11 @@ pub(crate) const DUMMY_SEED: u64 = 0;
 /// Where a decoder's tensors are, beside those of its head.
 const BASE: &str = "model.";
 
-/// What a model is made of.
-pub(crate) struct ModelFiles {
-    pub config: ModelConfig,
-    pub weights: Weights,
-    pub eos_token_ids: Vec<u32>,
+/// What a model is made of: files that are open, of which nothing but headers was read.
+pub struct ModelFiles {
+    pub(crate) config: ModelConfig,
+    pub(crate) weights: Weights,
+    pub(crate) eos_token_ids: Vec<u32>,
 }
 
 impl ModelFiles {

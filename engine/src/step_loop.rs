@@ -13,7 +13,7 @@ use crate::constraint::Grammar;
 use crate::error::{EngineError, SubmitError};
 use crate::executor::Executor;
 use crate::handle::{Commands, EngineHandle, ModelInfo, QueuedSubmission, Shared, TokenEvent, Wait, lock};
-use crate::kv_events::MAX_STEP_EVENTS;
+use crate::kv_events::{MAX_STEP_EVENTS, SnapshotQueue};
 use crate::masks::STACK_BYTES;
 use crate::observer::{StepObserver, StepReport};
 
@@ -26,12 +26,14 @@ const CHECK_EVERY: Duration = Duration::from_secs(10);
 /// What it looks at before it asks again whether somebody came: some tens of microseconds.
 const CHECK_ITEMS: usize = 1024;
 
-/// Starts the thread. `pipeline_depth` is how many steps may be in flight while the next is planned: 0 or 1.
+/// Starts the thread. `pipeline_depth` is how many steps may be in flight while the next is planned: 0 or 1. Cached blocks are
+/// copied for subscribers at most once in `snapshot_interval`.
 pub(crate) fn spawn<E: Executor>(
     executor: E,
     scheduler: Scheduler,
     model: ModelInfo,
     pipeline_depth: u32,
+    snapshot_interval: Duration,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
     check_depth(pipeline_depth)?;
@@ -39,6 +41,7 @@ pub(crate) fn spawn<E: Executor>(
     *lock(&shared.stats) = scheduler.stats();
     let mut step_loop = StepLoop {
         told_events: false,
+        snapshots: SnapshotQueue::new(snapshot_interval),
         check: IdleCheck::new(scheduler.config()),
         checked_at: None,
         known_lens: vec![0; scheduler.config().max_num_seqs as usize],
@@ -111,6 +114,7 @@ struct StepLoop<E: Executor> {
     commands: Commands,
     /// Whether the scheduler writes down what happens to cached blocks.
     told_events: bool,
+    snapshots: SnapshotQueue,
     check: IdleCheck,
     /// When a whole check was last done.
     checked_at: Option<Instant>,
@@ -137,8 +141,12 @@ impl<E: Executor> StepLoop<E> {
     /// Until shutdown is asked for, or the device fails.
     fn run(&mut self) -> Result<(), EngineError> {
         loop {
-            let wait = if self.scheduler.has_work() { Wait::No } else { Wait::Yes };
-            if wait == Wait::Yes {
+            let wait = match self.snapshots.wait(self.now()) {
+                _ if self.scheduler.has_work() => Wait::No,
+                None => Wait::Yes,
+                Some(time) => Wait::For(time),
+            };
+            if wait != Wait::No {
                 self.note_stats();
                 self.shared.clock.rest();
                 self.check();
@@ -151,7 +159,7 @@ impl<E: Executor> StepLoop<E> {
             self.shared.clock.begin(now);
             self.obey(now);
             self.publish();
-            self.answer_cache_questions();
+            self.answer_cache_questions(now);
             if self.scheduler.has_work() {
                 self.step()?;
             }
@@ -308,7 +316,7 @@ impl<E: Executor> StepLoop<E> {
     }
 
     /// Answers who asks about the prefix cache.
-    fn answer_cache_questions(&mut self) {
+    fn answer_cache_questions(&mut self, now: Time) {
         let questions = &mut self.commands.cache_questions;
         for reply in questions.flushes.drain(..) {
             let report = self.scheduler.flush_cache();
@@ -316,11 +324,12 @@ impl<E: Executor> StepLoop<E> {
             *lock(&self.shared.stats) = self.scheduler.stats();
             let _ = reply.send(report);
         }
-        if questions.blocks.is_empty() {
+        self.snapshots.add(&mut questions.blocks);
+        let replies = self.snapshots.take_due(now);
+        if replies.is_empty() {
             self.publish_kv_events();
             return;
         }
-        let replies = std::mem::take(&mut questions.blocks);
         let hub = &self.shared.kv_events;
         if !std::mem::replace(&mut self.told_events, true) {
             self.scheduler.start_kv_events(MAX_STEP_EVENTS);

@@ -22,8 +22,9 @@ use crate::executor::Executor;
 use crate::handle::{EngineHandle, ModelInfo, Submission, TokenEvent, TokenStream, lock};
 use crate::masks::Masks;
 use crate::model_executor::ModelExecutor;
+use crate::model_files::ModelFiles;
 use crate::observer::{StepObserver, StepReport};
-use crate::pooling::PoolingHandle;
+use crate::pooling::{PoolingFiles, PoolingHandle};
 use crate::source::{EmbeddedModel, ModelSource};
 use crate::weights::nearly_normal;
 use crate::{scheduler_config, step_loop};
@@ -435,15 +436,28 @@ pub fn start_on<B: Backend>(
     settings: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
-    crate::start_on(backend, source, engine, settings, observer, None, 0)
+    crate::start_on(backend, ModelFiles::open(source, engine)?, engine, settings, observer, None, 0)
 }
 
-/// Starts an engine over any executor: lengths and blocks are those of `model`, budgets those of `settings`.
+/// Starts an engine over any executor: lengths and blocks are those of `model`, budgets those of `settings`. Subscribers of the
+/// prefix cache never wait for what it holds.
 pub fn start_with(
     executor: impl Executor,
     model: ModelInfo,
     settings: &SchedulerSettings,
     pipeline_depth: u32,
+    observer: Box<dyn StepObserver>,
+) -> Result<EngineHandle, EngineError> {
+    start_with_snapshots(executor, model, settings, pipeline_depth, Duration::ZERO, observer)
+}
+
+/// The same, where cached blocks are copied for subscribers once in `snapshot_interval` alone.
+pub fn start_with_snapshots(
+    executor: impl Executor,
+    model: ModelInfo,
+    settings: &SchedulerSettings,
+    pipeline_depth: u32,
+    snapshot_interval: Duration,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
     let settings = SchedulerSettings { block_size: model.block_size, ..settings.clone() };
@@ -456,7 +470,7 @@ pub fn start_with(
         kv_events: settings.prefix_cache && settings.kv_events,
         ..model
     };
-    step_loop::spawn(executor, scheduler, model, pipeline_depth, observer)
+    step_loop::spawn(executor, scheduler, model, pipeline_depth, snapshot_interval, observer)
 }
 
 /// As [`crate::start`], on the CPU with chosen instructions.
@@ -478,7 +492,8 @@ pub fn start_pooling_on_cpu(
     settings: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<PoolingHandle, EngineError> {
-    crate::pooling::start_on(cpu(isa, engine)?, source, engine, settings, observer, None, 0)
+    let files = PoolingFiles::open(source, engine)?;
+    crate::pooling::start_on(cpu(isa, engine)?, files, engine, settings, observer, None, 0)
 }
 
 fn cpu(isa: Isa, engine: &EngineConfig) -> Result<CpuBackend, EngineError> {
@@ -509,7 +524,8 @@ pub fn prompt_logits_on<B: Backend>(
     let settings =
         SchedulerSettings { max_num_seqs: 1, max_num_batched_tokens: chunk_len as u32, ..SchedulerSettings::default() };
     let blocks = EngineConfig { kv_cache_memory: 64 << 20, ..engine.clone() };
-    let mut executor = ModelExecutor::load(backend, source, &blocks, &settings, None, 0)?.executor;
+    let files = ModelFiles::open(source, &blocks)?;
+    let mut executor = ModelExecutor::load(backend, files, &blocks, &settings, None, 0)?.executor;
     assert!(longest <= executor.max_model_len(), "the cache has room for every prompt");
     prompts.iter().map(|prompt| Ok(executor.prompt_logits(prompt, chunk_len)?)).collect()
 }

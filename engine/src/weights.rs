@@ -176,11 +176,16 @@ impl Weights {
         }
     }
 
-    /// Bytes of all tensors in the files.
-    pub(crate) fn file_bytes(&self) -> u64 {
+    /// What a tensor with rows of `cols` numbers is handed to the kernels as. `None` where there is none, or where reading it
+    /// fails.
+    pub(crate) fn format_of(&self, name: &str, cols: usize) -> Option<TensorFormat> {
         match &self.values {
-            Values::Files { index, .. } => index.values().map(|entry| entry.range.len() as u64).sum(),
-            Values::Dummy { .. } => 0,
+            Values::Files { index, .. } => match index.get(name)?.format {
+                Ok(format) => Some(format),
+                Err(FileDtype::F8_E4M3) => Some(fp8::format_of_rows(cols)),
+                Err(_) => None,
+            },
+            Values::Dummy { dtype, .. } => Some((*dtype).into()),
         }
     }
 

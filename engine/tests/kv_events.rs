@@ -2,9 +2,12 @@
 //! all where it is not published.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use quire_engine::scheduler::{KvEvent, KvEvents, ShortHash};
-use quire_engine::testing::{FakeExecutor, Recorder, fake_model, read_all, start_with, submission};
+use quire_engine::testing::{
+    FakeExecutor, Recorder, fake_model, read_all, start_with, start_with_snapshots, submission,
+};
 use quire_engine::{EngineHandle, KvEventStream, MAX_KV_SUBSCRIBERS, ModelInfo, SchedulerSettings, SubscribeError};
 use quire_scheduler::testing::Rng;
 
@@ -124,4 +127,35 @@ async fn who_may_subscribe_is_bounded() {
     assert_eq!(handle.subscribe_kv_events(0).await.err(), Some(SubscribeError::TooMany));
     streams.pop();
     assert!(handle.subscribe_kv_events(0).await.is_ok());
+}
+
+/// Whoever comes back in a loop is not told of all blocks each time: it waits for its turn, and holds up nobody meanwhile.
+#[tokio::test]
+async fn all_blocks_are_copied_once_in_a_while() {
+    let settings = SchedulerSettings { kv_events: true, ..SchedulerSettings::default() };
+    let hour = Duration::from_secs(3600);
+    let executor = FakeExecutor::new(1000);
+    let observer = Box::new(Recorder::default());
+    let handle = start_with_snapshots(executor, fake_model(1000), &settings, 0, hour, observer).unwrap();
+    let mut rng = Rng::new(5);
+    run(&handle, &mut rng).await;
+    let mut first = handle.subscribe_kv_events(0).await.unwrap();
+    let snapshot = first.next().await.expect("the engine runs");
+    assert!(snapshot.snapshot.is_some());
+    for _ in 0..100 {
+        // It leaves before it was answered.
+        let mut impatient = Box::pin(handle.subscribe_kv_events(0));
+        assert!(futures::poll!(&mut impatient).is_pending());
+    }
+    let mut late = Box::pin(handle.subscribe_kv_events(0));
+    assert!(futures::poll!(&mut late).is_pending());
+    // Others go on: requests, the subscriber that is there, and one that knows where it was.
+    run(&handle, &mut rng).await;
+    let next = first.next().await.expect("the engine runs");
+    assert_eq!((next.sequence_number, next.snapshot), (snapshot.sequence_number + 1, None));
+    let mut resumed = handle.subscribe_kv_events(next.sequence_number).await.unwrap();
+    assert_eq!(resumed.next().await.expect("kept").sequence_number, next.sequence_number);
+    assert!(futures::poll!(&mut late).is_pending());
+    handle.shutdown();
+    assert_eq!(late.await.err(), Some(SubscribeError::Stopped));
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use quire_engine::pooling::{ModelKind, PoolingError, PoolingHandle, PoolingInput, PoolingTask, kind_of};
 use quire_engine::testing::{Recorder, start_pooling_on_cpu};
-use quire_engine::{DTypeChoice, EngineConfig, LoadFormat, ModelSource, SchedulerSettings, memory_need, pooling};
+use quire_engine::{DTypeChoice, EngineConfig, LoadFormat, ModelSource, OpenedModel, SchedulerSettings, pooling};
 use quire_kernels::cpu::Isa;
 use serde_json::Value;
 
@@ -168,7 +168,8 @@ fn files_say_what_a_model_is_for() {
         let is_score = name.ends_with("rerank");
         assert_eq!(handle.pooling().task, if is_score { PoolingTask::Score } else { PoolingTask::Embed }, "{name}");
         assert_eq!(handle.pooling().num_dimensions, if is_score { 1 } else { 32 }, "{name}");
-        let need = memory_need(&source(name), &engine(), &settings(512, 8)).unwrap();
+        let opened = OpenedModel::open(&source(name), &engine()).unwrap();
+        let need = opened.memory_need(&engine(), &settings(512, 8)).unwrap();
         let weights = handle.model().weight_bytes;
         let is_near = need.weight_bytes >= weights / 2 && need.weight_bytes <= 2 * weights;
         assert!(is_near && need.working_bytes > 0, "{name}: {need:?} for {weights} bytes of weights");

@@ -7,7 +7,9 @@ use std::path::Path;
 
 use quire_engine::testing::gguf::gguf_twins;
 use quire_engine::testing::{Recorder, prompt_logits, read_all, start_on_cpu, submission};
-use quire_engine::{DTypeChoice, EngineConfig, ModelSource, QuantizeChoice, SchedulerSettings};
+use quire_engine::{
+    DTypeChoice, EngineConfig, ModelSource, OpenedModel, QuantizeChoice, SchedulerSettings, start_beside,
+};
 use quire_kernels::cpu::Isa;
 use quire_kernels::{TensorFormat, e4m3};
 use safetensors::tensor::TensorView;
@@ -223,5 +225,38 @@ async fn checkpoints_of_8_bit_floats_are_served_as_they_are() {
         println!("blocks {has_blocks}: KL {divergence:.2e} nats, same first choice {:.1} %", 100.0 * same);
         // No more than bf16 loses.
         assert!(divergence < 5e-5, "{divergence:.2e} nats");
+    }
+}
+
+/// What is planned for is what is taken, whatever the files hold, and files are opened once for both.
+#[test]
+fn memory_is_planned_by_what_the_files_hold() {
+    let temp = tempfile::tempdir().unwrap();
+    let settings = SchedulerSettings { max_num_seqs: 2, max_num_batched_tokens: 64, ..SchedulerSettings::default() };
+    let [by_blocks, _] = fp8_twins(temp.path(), true);
+    let [by_rows, _] = fp8_twins(temp.path(), false);
+    let of_blocks = gguf_twins(&folder("../router/demo"), |_, _| TensorFormat::Q8_0);
+    let gguf = of_blocks.file.write(&temp.path().join("model.gguf"));
+    let mut as_bf16 = None;
+    for (name, source) in
+        [("bf16", &folder("../router/demo")), ("blocks", &by_blocks), ("rows", &by_rows), ("gguf", &gguf)]
+    {
+        let engine = config(DTypeChoice::Bf16, QuantizeChoice::None);
+        let opened = OpenedModel::open(source, &engine).unwrap();
+        let need = opened.memory_need(&engine, &settings).unwrap();
+        // Nobody looks for them again.
+        match source {
+            ModelSource::Directory(path) if path.starts_with(temp.path()) => std::fs::remove_dir_all(path).unwrap(),
+            ModelSource::Gguf(path) => std::fs::remove_file(path).unwrap(),
+            _ => {}
+        }
+        let OpenedModel::Generates(files) = opened else { panic!("{name} generates") };
+        let handle = start_beside(files, &engine, &settings, Box::new(Recorder::default()), 0).unwrap();
+        let taken = handle.model().weight_bytes;
+        println!("{name}: {} bytes planned, {taken} taken", need.weight_bytes);
+        let is_near = need.weight_bytes <= taken + taken / 10 && need.weight_bytes >= taken - taken / 10;
+        assert!(is_near, "{name}: {} bytes for {taken}", need.weight_bytes);
+        let as_bf16 = *as_bf16.get_or_insert(need.weight_bytes);
+        assert!(name == "bf16" || need.weight_bytes < as_bf16 * 9 / 10, "{name}: {} of {as_bf16}", need.weight_bytes);
     }
 }

@@ -77,12 +77,17 @@ impl WeightFormat {
     /// The smallest format that holds all of `parts` as they are in their files: blocks stay what they are, or become
     /// codes of 8 bits where parts differ. `None` where a part is dense, or not all are of 8-bit floats.
     pub fn of_blocks(parts: &[HostTensor<'_>]) -> Option<Self> {
-        if parts.iter().all(|part| part.format == TensorFormat::F8E4M3) {
+        Self::of_formats(parts.iter().map(|part| part.format))
+    }
+
+    /// The same of parts that are known by their formats alone.
+    pub fn of_formats(parts: impl Iterator<Item = TensorFormat> + Clone) -> Option<Self> {
+        if parts.clone().all(|part| part == TensorFormat::F8E4M3) {
             return Some(Self::Fp8);
         }
         let mut all: Option<Grouping> = None;
         for part in parts {
-            let own = Grouping::of_blocks(part.format)?;
+            let own = Grouping::of_blocks(part)?;
             all = Some(match all {
                 None => own,
                 Some(all) => Grouping {

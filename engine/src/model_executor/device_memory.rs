@@ -7,6 +7,7 @@ use crate::handle::DeviceMemoryUse;
 use crate::models::config::ModelConfig;
 use crate::models::decoder::Decoder;
 use crate::models::loader::WeightChoice;
+use crate::weights::Weights;
 
 /// Left to what is taken while steps run, the driver's own and recordings of steps: the smaller of so many bytes and this
 /// part of the device.
@@ -17,10 +18,11 @@ const RUNNING_PART: u64 = 64;
 pub(super) fn check_weights<B: Backend>(
     backend: &mut B,
     config: &ModelConfig,
+    weights: &Weights,
     choice: WeightChoice,
 ) -> Result<(), EngineError> {
     let Some(memory) = backend.memory()? else { return Ok(()) };
-    let weights = Decoder::expected_weight_bytes(backend, config, choice);
+    let weights = Decoder::expected_weight_bytes(backend, config, weights, choice);
     match weights > memory.available_bytes {
         true => Err(does_not_fit(&format!("its weights take {}", gibibytes(weights)), memory)),
         false => Ok(()),

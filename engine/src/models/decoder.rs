@@ -5,7 +5,7 @@
 
 use quire_kernels::ops::embed::Embed;
 use quire_kernels::ops::gather_rows::GatherRows;
-use quire_kernels::ops::linear::{Epilogue, Linear, NormLinear, SQUARES_FEATURES, WeightShape};
+use quire_kernels::ops::linear::{Epilogue, Linear, NormLinear, SQUARES_FEATURES};
 use quire_kernels::ops::paged_attention::PagedAttention;
 use quire_kernels::ops::rms_norm::RmsNorm;
 use quire_kernels::ops::rope_kv_write::{QkNorm, RopeKvWrite};
@@ -13,7 +13,7 @@ use quire_kernels::ops::rope_table::RopeTable;
 use quire_kernels::{Backend, DType, KernelError, WeightLayout};
 
 use super::config::ModelConfig;
-use super::loader::{Loader, ModelSize, Projection, Role, WeightChoice};
+use super::loader::{Fused, Loader, ModelSize, Projection, Role, WeightChoice, expected_bytes};
 use crate::error::EngineError;
 use crate::weights::Weights;
 
@@ -124,21 +124,28 @@ impl<B: Backend> Decoder<B> {
         Ok(Self { config, embedding, lm_head, layers, final_norm, buffers, size })
     }
 
-    /// Bytes on the device of all matrices of a model whose files hold numbers.
-    pub(crate) fn expected_weight_bytes(backend: &B, config: &ModelConfig, choice: WeightChoice) -> u64 {
-        let shape = config.attention_shape();
-        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
-        let bytes = |out_features, in_features, layout, role| {
-            let format = choice.format_of_numbers(role, in_features);
-            backend.weight_bytes(&WeightShape { out_features, in_features, layout, format }) as u64
+    /// Bytes on the device of all matrices, by what the files hold of each.
+    pub(crate) fn expected_weight_bytes(
+        backend: &B,
+        config: &ModelConfig,
+        weights: &Weights,
+        choice: WeightChoice,
+    ) -> u64 {
+        let vocabulary = |name: &str| {
+            let tensor = [(name.to_owned(), config.vocab_size)];
+            let shape = (config.hidden_size, WeightLayout::Stacked);
+            expected_bytes(backend, weights, choice, Role::Vocabulary, &tensor, shape)
         };
-        let vocabulary = bytes(config.vocab_size, hidden, WeightLayout::Stacked, Role::Vocabulary);
-        let layer = bytes(shape.qkv_len(), hidden, WeightLayout::Stacked, Role::Projection)
-            + bytes(hidden, shape.q_len(), WeightLayout::Stacked, Role::Projection)
-            + bytes(2 * intermediate, hidden, WeightLayout::GateUp, Role::Projection)
-            + bytes(hidden, intermediate, WeightLayout::Stacked, Role::Projection);
-        let num_vocabularies = if config.tie_word_embeddings { 1 } else { 2 };
-        num_vocabularies * vocabulary + config.num_layers as u64 * layer
+        let projection = |Fused { modules, in_features, layout, .. }: Fused| {
+            let tensors: Vec<_> = modules.into_iter().map(|(name, rows)| (format!("{name}.weight"), rows)).collect();
+            expected_bytes(backend, weights, choice, Role::Projection, &tensors, (in_features, layout))
+        };
+        let output = if config.tie_word_embeddings { 0 } else { vocabulary(LM_HEAD) };
+        let layers = (0..config.num_layers).flat_map(|index| {
+            let Matrices { qkv, o, gate_up, down } = Matrices::of_layer(config, index);
+            [qkv, o, gate_up, down]
+        });
+        vocabulary(EMBEDDING) + output + layers.map(projection).sum::<u64>()
     }
 
     /// Bytes of the buffers of steps of at most `max_num_tokens`, those of logits left out.
@@ -362,6 +369,34 @@ impl<B: Backend> Buffers<B> {
     }
 }
 
+/// The names of a layer's matrices, and how they are fused.
+struct Matrices {
+    qkv: Fused,
+    o: Fused,
+    gate_up: Fused,
+    down: Fused,
+}
+
+impl Matrices {
+    fn of_layer(config: &ModelConfig, index: usize) -> Self {
+        let (facts, shape) = (&config.facts, config.attention_shape());
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let kv_len = shape.num_kv_heads * shape.head_dim;
+        let fused = |modules: &[(&str, usize)], in_features, layout, has_bias| {
+            let named = modules.iter().map(|(part, rows)| (format!("model.layers.{index}.{part}"), *rows));
+            Fused { modules: named.collect(), in_features, layout, has_bias }
+        };
+        let qkv = [("self_attn.q_proj", shape.q_len()), ("self_attn.k_proj", kv_len), ("self_attn.v_proj", kv_len)];
+        let gate_up = [("mlp.gate_proj", intermediate), ("mlp.up_proj", intermediate)];
+        Self {
+            qkv: fused(&qkv, hidden, WeightLayout::Stacked, facts.qkv_bias),
+            o: fused(&[("self_attn.o_proj", hidden)], shape.q_len(), WeightLayout::Stacked, facts.o_bias),
+            gate_up: fused(&gate_up, hidden, WeightLayout::GateUp, facts.mlp_bias),
+            down: fused(&[("mlp.down_proj", hidden)], intermediate, WeightLayout::Stacked, facts.mlp_bias),
+        }
+    }
+}
+
 impl<B: Backend> Loader<'_, B> {
     fn layer(
         &mut self,
@@ -371,33 +406,21 @@ impl<B: Backend> Loader<'_, B> {
         group: usize,
         layer_in_group: usize,
     ) -> Result<Layer<B>, EngineError> {
-        let facts = &config.facts;
-        let shape = config.attention_shape();
-        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
-        let kv_len = shape.num_kv_heads * shape.head_dim;
+        let (hidden, head_dim) = (config.hidden_size, config.attention_shape().head_dim);
         let name = |part: &str| format!("model.layers.{index}.{part}");
-        let qkv = [
-            (name("self_attn.q_proj"), shape.q_len()),
-            (name("self_attn.k_proj"), kv_len),
-            (name("self_attn.v_proj"), kv_len),
-        ];
-        let gate_up = [(name("mlp.gate_proj"), intermediate), (name("mlp.up_proj"), intermediate)];
-        let o = [(name("self_attn.o_proj"), hidden)];
-        let down = [(name("mlp.down_proj"), hidden)];
-        let qk_norm = match facts.qk_norm {
+        let Matrices { qkv, o, gate_up, down } = Matrices::of_layer(config, index);
+        let qk_norm = match config.facts.qk_norm {
             None => None,
-            Some([q, k]) => {
-                Some([self.vectors(&[(name(q), shape.head_dim)])?, self.vectors(&[(name(k), shape.head_dim)])?])
-            }
+            Some([q, k]) => Some([self.vectors(&[(name(q), head_dim)])?, self.vectors(&[(name(k), head_dim)])?]),
         };
         Ok(Layer {
             input_norm: self.vectors(&[(name("input_layernorm.weight"), hidden)])?,
-            qkv: self.projection(&qkv, hidden, WeightLayout::Stacked, facts.qkv_bias)?,
+            qkv: self.fused(&qkv)?,
             qk_norm,
-            o: self.projection(&o, shape.q_len(), WeightLayout::Stacked, facts.o_bias)?,
+            o: self.fused(&o)?,
             post_norm: self.vectors(&[(name("post_attention_layernorm.weight"), hidden)])?,
-            gate_up: self.projection(&gate_up, hidden, WeightLayout::GateUp, facts.mlp_bias)?,
-            down: self.projection(&down, intermediate, WeightLayout::Stacked, facts.mlp_bias)?,
+            gate_up: self.fused(&gate_up)?,
+            down: self.fused(&down)?,
             window,
             group,
             layer_in_group,

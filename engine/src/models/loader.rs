@@ -38,6 +38,31 @@ impl WeightChoice {
     }
 }
 
+/// Modules `(name, out_features)` that are fused to one weight.
+pub(crate) struct Fused {
+    pub modules: Vec<(String, usize)>,
+    pub in_features: usize,
+    pub layout: WeightLayout,
+    pub has_bias: bool,
+}
+
+/// Bytes on the device of a weight of these tensors, `(name, rows)`, once it is packed as `choice` says.
+pub(crate) fn expected_bytes<B: Backend>(
+    backend: &B,
+    weights: &Weights,
+    choice: WeightChoice,
+    role: Role,
+    tensors: &[(String, usize)],
+    (in_features, layout): (usize, WeightLayout),
+) -> u64 {
+    let formats: Option<Vec<_>> = tensors.iter().map(|(name, _)| weights.format_of(name, in_features)).collect();
+    let format = formats
+        .and_then(|formats| WeightFormat::of_formats(formats.into_iter()))
+        .unwrap_or_else(|| choice.format_of_numbers(role, in_features));
+    let out_features = tensors.iter().map(|(_, rows)| rows).sum();
+    backend.weight_bytes(&WeightShape { out_features, in_features, layout, format }) as u64
+}
+
 /// What a weight is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
@@ -79,6 +104,11 @@ pub(crate) struct Loader<'a, B: Backend> {
 impl<'a, B: Backend> Loader<'a, B> {
     pub(crate) fn new(backend: &'a mut B, weights: &'a Weights, choice: WeightChoice) -> Self {
         Self { backend, weights, choice, size: ModelSize::default(), formats: Vec::new() }
+    }
+
+    /// One weight of several modules, with their biases one after the other.
+    pub(crate) fn fused(&mut self, fused: &Fused) -> Result<Projection<B>, EngineError> {
+        self.projection(&fused.modules, fused.in_features, fused.layout, fused.has_bias)
     }
 
     /// Modules `(name, out_features)` fused to one weight, with their biases one after the other.

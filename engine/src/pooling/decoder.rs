@@ -100,19 +100,23 @@ fn judge_and_spec(plan: &Plan<'_>) -> Result<(Option<Judge>, Spec), EngineError>
 }
 
 /// Bytes of a decoder: of its weights, and of its cache and a batch's buffers.
-pub(super) fn expected_bytes<B: Backend>(backend: &B, plan: &Plan<'_>) -> Result<(u64, u64), EngineError> {
-    let ModelFiles { config, weights, .. } = ModelFiles::open(plan.source, plan.engine)?;
+pub(super) fn expected_bytes<B: Backend>(
+    backend: &B,
+    files: &ModelFiles,
+    plan: &Plan<'_>,
+) -> Result<(u64, u64), EngineError> {
+    let ModelFiles { config, weights, .. } = files;
     let (_, spec) = judge_and_spec(plan)?;
     let dtype = dtype(plan.engine.dtype, weights.dtype_of(EMBEDDING).or(config.dtype));
     let choice = WeightChoice { dtype, quantize: plan.engine.quantize };
-    let sizes = Sizes::of(&config, dtype, plan, &spec)?;
-    let weights = Decoder::expected_weight_bytes(backend, &config, choice);
-    Ok((weights, sizes.kv_bytes() + Decoder::<B>::expected_buffer_bytes(&config, sizes.limits.num_tokens)))
+    let sizes = Sizes::of(config, dtype, plan, &spec)?;
+    let weights = Decoder::expected_weight_bytes(backend, config, weights, choice);
+    Ok((weights, sizes.kv_bytes() + Decoder::<B>::expected_buffer_bytes(config, sizes.limits.num_tokens)))
 }
 
 impl<B: Backend> DecoderPooler<B> {
-    pub(super) fn load(mut backend: B, plan: &Plan<'_>) -> Result<Loaded<Self>, EngineError> {
-        let ModelFiles { mut config, weights, .. } = ModelFiles::open(plan.source, plan.engine)?;
+    pub(super) fn load(mut backend: B, files: ModelFiles, plan: &Plan<'_>) -> Result<Loaded<Self>, EngineError> {
+        let ModelFiles { mut config, weights, .. } = files;
         let (judge, spec) = judge_and_spec(plan)?;
         if spec.pooling != Pooling::Last {
             return Err(unsupported("pooling", "decoders are served with the last token's pooling"));
@@ -122,7 +126,7 @@ impl<B: Backend> DecoderPooler<B> {
         config.drop_long_windows(plan.max_len(config.rope.max_len as usize, &spec) as u32);
         let Sizes { max_len, limits, layouts, kv_dtype } = Sizes::of(&config, dtype, plan, &spec)?;
         let kv_bytes: u64 = layouts.iter().map(|layout| layout.total_bytes() as u64).sum();
-        let weight_bytes = Decoder::expected_weight_bytes(&backend, &config, choice);
+        let weight_bytes = Decoder::expected_weight_bytes(&backend, &config, &weights, choice);
         let mut buffers = Decoder::<B>::expected_buffer_bytes(&config, limits.num_tokens);
         if judge.is_some() {
             buffers += (backend.logits_tile() * config.vocab_size * DType::F32.size()) as u64;

@@ -39,15 +39,19 @@ struct HostArrays {
 }
 
 impl<B: Backend> EncoderPooler<B> {
-    pub(super) fn load(mut backend: B, config: EncoderConfig, plan: &Plan<'_>) -> Result<Loaded<Self>, EngineError> {
+    pub(super) fn load(
+        mut backend: B,
+        config: EncoderConfig,
+        weights: &Weights,
+        plan: &Plan<'_>,
+    ) -> Result<Loaded<Self>, EngineError> {
         let spec = Spec::read(plan.source, Pooling::Mean)?;
-        let weights = plan.weights(&config)?;
-        let choice = choice_of(&config, &weights, plan);
+        let choice = choice_of(&config, weights, plan);
         let max_len = plan.max_len(config.max_len(), &spec);
         let limits = plan.batch_limits(max_len);
         let (weight_bytes, working_bytes) = Encoder::expected_bytes(&backend, &config, choice, limits);
         plan.check_fits("weights and the buffers of a batch", weight_bytes + working_bytes)?;
-        let encoder = Encoder::load(&mut backend, config, &weights, choice, limits)?;
+        let encoder = Encoder::load(&mut backend, config, weights, choice, limits)?;
         let (config, size) = (encoder.config(), encoder.size());
         let is_score = config.head == Head::Score;
         let pooling = PoolingInfo {
@@ -159,11 +163,12 @@ fn choice_of(config: &EncoderConfig, weights: &Weights, plan: &Plan<'_>) -> Weig
 pub(super) fn expected_bytes<B: Backend>(
     backend: &B,
     config: &EncoderConfig,
+    weights: &Weights,
     plan: &Plan<'_>,
 ) -> Result<(u64, u64), EngineError> {
     let spec = Spec::read(plan.source, Pooling::Mean)?;
     let limits: BatchLimits = plan.batch_limits(plan.max_len(config.max_len(), &spec));
-    let choice = choice_of(config, &plan.weights(config)?, plan);
+    let choice = choice_of(config, weights, plan);
     Ok(Encoder::expected_bytes(backend, config, choice, limits))
 }
 

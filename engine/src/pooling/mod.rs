@@ -25,7 +25,8 @@ use crate::error::EngineError;
 use crate::executor::{self, Device};
 use crate::handle::ModelInfo;
 use crate::memory;
-use crate::model_files::DUMMY_SEED;
+use crate::model_executor::dtype;
+use crate::model_files::{DUMMY_SEED, ModelFiles};
 use crate::models::encoder::{BatchLimits, EncoderConfig, encoder_architecture};
 use crate::observer::StepObserver;
 use crate::source::ModelSource;
@@ -80,7 +81,18 @@ pub fn start(
     observer: Box<dyn StepObserver>,
     reserved_bytes: u64,
 ) -> Result<PoolingHandle, EngineError> {
-    if matches!(engine.device, DeviceChoice::Cuda(_)) && encoder_config(source)?.is_some() {
+    start_beside(PoolingFiles::open(source, engine)?, engine, settings, observer, reserved_bytes)
+}
+
+/// As [`start`], of files that were opened.
+pub fn start_beside(
+    files: PoolingFiles,
+    engine: &EngineConfig,
+    settings: &SchedulerSettings,
+    observer: Box<dyn StepObserver>,
+    reserved_bytes: u64,
+) -> Result<PoolingHandle, EngineError> {
+    if matches!((engine.device, &files.parts), (DeviceChoice::Cuda(_), Parts::Encoder(..))) {
         return Err(EngineError::Config {
             field: "engine.device".to_owned(),
             why: "encoders have no device code yet: they are served with --device cpu".to_owned(),
@@ -88,14 +100,14 @@ pub fn start(
     }
     let (device, note) = executor::open_device(engine)?;
     match device {
-        Device::Cpu(backend) => start_on(*backend, source, engine, settings, observer, note, reserved_bytes),
-        Device::Cuda(backend) => start_on(*backend, source, engine, settings, observer, note, reserved_bytes),
+        Device::Cpu(backend) => start_on(*backend, files, engine, settings, observer, note, reserved_bytes),
+        Device::Cuda(backend) => start_on(*backend, files, engine, settings, observer, note, reserved_bytes),
     }
 }
 
 pub(crate) fn start_on<B: Backend>(
     backend: B,
-    source: &ModelSource,
+    files: PoolingFiles,
     engine: &EngineConfig,
     settings: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
@@ -103,10 +115,64 @@ pub(crate) fn start_on<B: Backend>(
     reserved_bytes: u64,
 ) -> Result<PoolingHandle, EngineError> {
     let free = memory::free_memory().saturating_sub(reserved_bytes);
-    let plan = Plan { source, engine, settings, device_note, free_bytes: free };
-    match encoder_config(source)? {
-        Some(config) => batch_loop::spawn(encoder::EncoderPooler::load(backend, config, &plan)?, settings, observer),
-        None => batch_loop::spawn(decoder::DecoderPooler::load(backend, &plan)?, settings, observer),
+    let PoolingFiles { source, parts } = files;
+    let plan = Plan { source: &source, engine, settings, device_note, free_bytes: free };
+    match parts {
+        Parts::Encoder(config, weights) => {
+            let loaded = encoder::EncoderPooler::load(backend, config, &weights, &plan)?;
+            drop(weights);
+            batch_loop::spawn(loaded, settings, observer)
+        }
+        Parts::Decoder(files) => {
+            batch_loop::spawn(decoder::DecoderPooler::load(backend, files, &plan)?, settings, observer)
+        }
+    }
+}
+
+/// What a model that pools is made of: files that are open, of which nothing but headers was read.
+pub struct PoolingFiles {
+    source: ModelSource,
+    parts: Parts,
+}
+
+enum Parts {
+    Encoder(EncoderConfig, Weights),
+    Decoder(ModelFiles),
+}
+
+impl PoolingFiles {
+    /// Opens and checks them.
+    pub fn open(source: &ModelSource, engine: &EngineConfig) -> Result<Self, EngineError> {
+        let json = match source {
+            ModelSource::Gguf(_) => None,
+            source => weights::read_config(source, "config.json")?,
+        };
+        let parts = match json {
+            Some(json) if encoder_architecture(&json)?.is_some() => {
+                let config = EncoderConfig::parse(&json)?;
+                let weights = match engine.load_format {
+                    LoadFormat::Auto => Weights::open(source, &json)?,
+                    LoadFormat::Dummy => Weights::dummy(DUMMY_SEED, dtype(engine.dtype, config.dtype), &json),
+                };
+                Parts::Encoder(config, weights)
+            }
+            _ => Parts::Decoder(ModelFiles::open(source, engine)?),
+        };
+        Ok(Self { source: source.clone(), parts })
+    }
+
+    /// Bytes that the model takes: of its weights, and of all else.
+    pub(crate) fn expected_bytes<B: Backend>(
+        &self,
+        backend: &B,
+        engine: &EngineConfig,
+        settings: &SchedulerSettings,
+    ) -> Result<(u64, u64), EngineError> {
+        let plan = Plan { source: &self.source, engine, settings, device_note: None, free_bytes: u64::MAX };
+        match &self.parts {
+            Parts::Encoder(config, weights) => encoder::expected_bytes(backend, config, weights, &plan),
+            Parts::Decoder(files) => decoder::expected_bytes(backend, files, &plan),
+        }
     }
 }
 
@@ -136,18 +202,6 @@ impl Plan<'_> {
         }
     }
 
-    /// The tensors of an encoder.
-    fn weights(&self, config: &EncoderConfig) -> Result<Weights, EngineError> {
-        let json = weights::read_config(self.source, "config.json")?.unwrap_or_default();
-        match self.engine.load_format {
-            LoadFormat::Auto => Weights::open(self.source, &json),
-            LoadFormat::Dummy => {
-                let dtype = crate::model_executor::dtype(self.engine.dtype, config.dtype);
-                Ok(Weights::dummy(DUMMY_SEED, dtype, &json))
-            }
-        }
-    }
-
     /// Refuses what is more than the host has left, in numbers.
     pub(crate) fn check_fits(&self, what: &str, bytes: u64) -> Result<(), EngineError> {
         if bytes <= self.free_bytes {
@@ -158,33 +212,10 @@ impl Plan<'_> {
     }
 }
 
-/// The configuration of an encoder; `None` of what is none.
-pub(crate) fn encoder_config(source: &ModelSource) -> Result<Option<EncoderConfig>, EngineError> {
-    let Some(json) = weights::read_config(source, "config.json")? else { return Ok(None) };
-    match encoder_architecture(&json)? {
-        None => Ok(None),
-        Some(_) => EncoderConfig::parse(&json).map(Some),
-    }
-}
-
 /// Makes a vector as long as 1; one of zeros stays.
 pub(crate) fn normalize(vector: &mut [f32]) {
     let squares: f64 = vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
     // sentence-transformers' own least length.
     let length = squares.sqrt().max(1e-12);
     vector.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
-}
-
-/// Bytes of a model that pools: of its weights, and of all else.
-pub(crate) fn expected_bytes<B: Backend>(
-    backend: &B,
-    source: &ModelSource,
-    engine: &EngineConfig,
-    settings: &SchedulerSettings,
-) -> Result<(u64, u64), EngineError> {
-    let plan = Plan { source, engine, settings, device_note: None, free_bytes: u64::MAX };
-    match encoder_config(source)? {
-        Some(config) => encoder::expected_bytes(backend, &config, &plan),
-        None => decoder::expected_bytes(backend, &plan),
-    }
 }

@@ -28,8 +28,13 @@ impl Scales {
     }
 }
 
-/// `codes`, `[rows, cols]`, with their scales, as the kernels take them: blocks, or numbers where rows are no whole number of
-/// blocks. Says why where scales do not fit.
+/// What codes are handed on as in rows of so many: blocks, or numbers where that is no whole number of them.
+pub(super) fn format_of_rows(cols: usize) -> TensorFormat {
+    if cols.is_multiple_of(F8_LEN) { TensorFormat::F8E4M3 } else { TensorFormat::F32 }
+}
+
+/// `codes`, `[rows, cols]`, with their scales, as the kernels take them, see [`format_of_rows`]. Says why
+/// where scales do not fit.
 pub(super) fn tensor(
     codes: &[u8],
     rows: usize,
@@ -43,11 +48,11 @@ pub(super) fn tensor(
         )
     })?;
     let scale = |row: usize, block: usize| scales.values[row / rows_of_scale * across + block.min(across - 1)];
-    let is_whole = cols.is_multiple_of(F8_LEN);
-    let (format, row_bytes) = if is_whole {
-        (TensorFormat::F8E4M3, cols / F8_LEN * TensorFormat::F8E4M3.block_bytes())
-    } else {
-        (TensorFormat::F32, cols * size_of::<f32>())
+    let format = format_of_rows(cols);
+    let is_whole = format == TensorFormat::F8E4M3;
+    let row_bytes = match is_whole {
+        true => cols / F8_LEN * format.block_bytes(),
+        false => cols * size_of::<f32>(),
     };
     let mut bytes = Vec::with_capacity(rows * row_bytes);
     for (row, codes) in codes.chunks_exact(cols).enumerate() {

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quire_engine::pooling::{self, ModelKind, PoolingHandle, PoolingInfo, PoolingTask};
+use quire_engine::pooling::{self, PoolingHandle, PoolingInfo, PoolingTask};
 use quire_engine::{
-    DeviceChoice, EngineHandle, MemoryNeed, ModelInfo, ModelSource, StepObserver, StepReport, free_memory, memory_need,
+    DeviceChoice, EngineHandle, MemoryNeed, ModelInfo, ModelSource, OpenedModel, StepObserver, StepReport, free_memory,
 };
 
 use super::AppError;
@@ -75,20 +75,28 @@ impl StepObserver for Observer {
     }
 }
 
-/// A model's files, and the name that it is served under.
+/// Where a model's files are, and the name that it is served under.
 struct Found {
     name: String,
     source: ModelSource,
 }
 
+impl Found {
+    fn refused(&self, why: &dyn std::fmt::Display) -> AppError {
+        AppError::Model(format!("cannot serve {}: {why}", self.name))
+    }
+}
+
 /// Finds the models' files, starts their engines and reads their text sides. Takes its time: for a thread of its own.
 pub(super) fn load(config: &Config, environment: &Environment) -> Result<(Vec<Engine>, ServedModels), AppError> {
     let found = find_all(config, environment)?;
-    let needs = plan_memory(&found, config)?;
+    let open = |found: &Found| OpenedModel::open(&found.source, &config.engine).map_err(|error| found.refused(&error));
+    let opened: Vec<OpenedModel> = found.iter().map(open).collect::<Result<_, _>>()?;
+    let needs = plan_memory(&found, &opened, config)?;
     let (mut engines, mut models) = (Vec::new(), Vec::new());
-    for (index, found) in found.iter().enumerate() {
+    for (index, (found, opened)) in found.iter().zip(opened).enumerate() {
         let reserved = needs.get(index + 1..).unwrap_or_default().iter().map(MemoryNeed::total_bytes).sum();
-        let (engine, model) = load_one(found, config, environment, reserved)?;
+        let (engine, model) = load_one(found, opened, config, environment, reserved)?;
         engines.push(engine);
         models.push(model);
     }
@@ -117,7 +125,7 @@ fn find_all(config: &Config, environment: &Environment) -> Result<Vec<Found>, Ap
 
 /// What each of several models will take. Refuses what is more than there is, in numbers, before any is loaded. One model alone
 /// plans for itself.
-fn plan_memory(found: &[Found], config: &Config) -> Result<Vec<MemoryNeed>, AppError> {
+fn plan_memory(found: &[Found], opened: &[OpenedModel], config: &Config) -> Result<Vec<MemoryNeed>, AppError> {
     if found.len() < 2 {
         return Ok(Vec::new());
     }
@@ -125,11 +133,10 @@ fn plan_memory(found: &[Found], config: &Config) -> Result<Vec<MemoryNeed>, AppE
         let why = "several models in one server are computed on the CPU so far: --device cpu";
         return Err(AppError::Model(why.to_owned()));
     }
-    let need = |found: &Found| {
-        memory_need(&found.source, &config.engine, &config.scheduler)
-            .map_err(|error| AppError::Model(format!("cannot serve {}: {error}", found.name)))
+    let need = |(found, opened): (&Found, &OpenedModel)| {
+        opened.memory_need(&config.engine, &config.scheduler).map_err(|error| found.refused(&error))
     };
-    let needs: Vec<MemoryNeed> = found.iter().map(need).collect::<Result<_, _>>()?;
+    let needs: Vec<MemoryNeed> = found.iter().zip(opened).map(need).collect::<Result<_, _>>()?;
     check_fits(found.iter().map(|found| found.name.as_str()).zip(&needs), free_memory())?;
     Ok(needs)
 }
@@ -157,6 +164,7 @@ fn check_fits<'a>(needs: impl Iterator<Item = (&'a str, &'a MemoryNeed)> + Clone
 
 fn load_one(
     found: &Found,
+    opened: OpenedModel,
     config: &Config,
     environment: &Environment,
     reserved_bytes: u64,
@@ -173,19 +181,19 @@ fn load_one(
             text
         });
         let settings = config.engine_for(environment);
-        let engine = pooling::kind_of(source).and_then(|kind| match kind {
-            ModelKind::Generates => {
-                quire_engine::start_beside(source, &settings, &config.scheduler, observer, reserved_bytes)
+        let engine = match opened {
+            OpenedModel::Generates(files) => {
+                quire_engine::start_beside(files, &settings, &config.scheduler, observer, reserved_bytes)
                     .map(Engine::Generates)
             }
-            ModelKind::Pools => {
-                pooling::start(source, &settings, &config.scheduler, observer, reserved_bytes).map(Engine::Pools)
+            OpenedModel::Pools(files) => {
+                pooling::start_beside(files, &settings, &config.scheduler, observer, reserved_bytes).map(Engine::Pools)
             }
-        });
+        };
         tracing::debug!(seconds = start.elapsed().as_secs_f64(), "loaded the weights and took all memory");
         (engine, text.join())
     });
-    let engine = engine.map_err(|error| AppError::Model(format!("cannot serve {name}: {error}")))?;
+    let engine = engine.map_err(|error| found.refused(&error))?;
     let text = text
         .map_err(|_| AppError::Model("reading the tokenizer failed".to_owned()))?
         .map_err(|error| AppError::Model(format!("cannot serve the model: {error}")))?;
