@@ -11,8 +11,7 @@ pub trait Grammar: fmt::Debug + Send + Sync {
 /// One choice on its way through a grammar.
 ///
 /// What it allows depends on the grammar and on the tokens that it was given alone: never on time, on other choices or on
-/// which masks were asked for. A choice that is preempted, or continued from another server, begins anew with the tokens
-/// that it had.
+/// which masks were asked for. A choice that is continued from another server begins anew with the tokens that it had.
 pub trait TokenConstraint: Send {
     /// Takes in the next token. Fails where the token is not allowed here.
     fn advance(&mut self, token_id: u32) -> Result<(), NotAllowed>;

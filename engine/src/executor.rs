@@ -8,15 +8,15 @@ use quire_kernels::cuda::{CudaBackend, Device as _, Driver};
 use quire_scheduler::{RowId, StepOutput, StepPlan};
 
 use crate::config::{DeviceChoice, EngineConfig};
-use crate::constraint::Grammar;
 use crate::error::EngineError;
+use crate::places::RequestGrammar;
 
 /// Runs plans on a device, first in first out: `launch` for step N+1 may come before `collect` for step N.
 ///
 /// An error ends the executor: what the device holds is not known any more, and no call may follow.
 pub trait Executor: Send + 'static {
     /// The sequence that enters `row` with the next plan obeys `grammar`.
-    fn constrain(&mut self, row: RowId, grammar: &Arc<dyn Grammar>);
+    fn constrain(&mut self, row: RowId, grammar: &Arc<RequestGrammar>);
 
     /// Starts computing a step. The tokens that it samples continue each row on the device.
     fn launch(&mut self, plan: &StepPlan) -> Result<(), EngineError>;

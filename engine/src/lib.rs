@@ -31,6 +31,7 @@ mod model_files;
 mod models;
 mod observer;
 mod opened_model;
+mod places;
 pub mod pooling;
 mod sampler;
 mod source;
@@ -54,6 +55,7 @@ pub use memory_plan::{MemoryNeed, free_memory};
 pub use model_files::ModelFiles;
 pub use observer::{StepObserver, StepReport};
 pub use opened_model::OpenedModel;
+pub use places::RequestGrammar;
 pub use quire_kernels::DeviceInfo;
 pub use quire_scheduler as scheduler;
 pub use source::{EmbeddedModel, ModelSource};
@@ -72,6 +74,7 @@ pub fn start(
     scheduler: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
+    step_loop::check_depth(engine.pipeline_depth)?;
     start_beside(ModelFiles::open(source, engine)?, engine, scheduler, observer, 0)
 }
 

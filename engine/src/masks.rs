@@ -21,8 +21,9 @@ use std::thread::JoinHandle;
 
 use quire_scheduler::Request;
 
-use crate::constraint::{Grammar, NotAllowed, TokenConstraint};
+use crate::constraint::NotAllowed;
 use crate::error::EngineError;
+use crate::places::{Place, RequestGrammar};
 
 /// Stack of a thread that follows grammars: automata are built by recursion over expressions that callers wrote, whose size
 /// is bounded before they come here. Only what is used of it is ever resident. Threads of a CPU's backend have as much.
@@ -47,14 +48,11 @@ struct Row {
 
 /// One choice's place in its grammar and the mask that follows from it.
 struct Work {
-    grammar: Arc<dyn Grammar>,
-    /// `None` until a thread has begun it.
-    constraint: Option<Box<dyn TokenConstraint>>,
+    grammar: Arc<RequestGrammar>,
+    choice: u32,
+    place: Place,
     /// Tokens that the grammar was not told yet.
     tokens: Vec<u32>,
-    num_generated: u32,
-    mask: Vec<u32>,
-    result: Result<(), NotAllowed>,
     rules: Rules,
 }
 
@@ -135,8 +133,16 @@ impl Masks {
         MaskWork(&self.shared)
     }
 
-    /// A choice that obeys `grammar` enters a row, with the tokens that it has already.
-    pub(crate) fn enter(&mut self, row: usize, grammar: Arc<dyn Grammar>, request: &Request, generated: &[u32]) {
+    /// A choice of the request that obeys `grammar` enters a row, with the tokens that it has already. Where it was in a row
+    /// before it goes on from there.
+    pub(crate) fn enter(
+        &mut self,
+        row: usize,
+        grammar: Arc<RequestGrammar>,
+        choice: u32,
+        request: &Request,
+        generated: &[u32],
+    ) {
         self.leave(row);
         let rules = Rules {
             allowed: request.sampling.allowed_token_ids.as_ref().map(|ids| {
@@ -147,30 +153,30 @@ impl Masks {
             stop_token_ids: request.stop_token_ids.clone(),
             min_tokens: request.min_tokens,
         };
-        let work = Work {
-            grammar,
-            constraint: None,
-            tokens: generated.to_vec(),
-            num_generated: 0,
-            mask: vec![0; self.num_words],
-            result: Ok(()),
-            rules,
-        };
+        let place = grammar.take(choice, generated).unwrap_or_else(|| Place::new(self.num_words));
+        let tokens = generated[place.told.len()..].to_vec();
+        let work = Work { grammar, choice, place, tokens, rules };
         self.rows[row] = Some(Row { work: None });
         self.send(row, Box::new(work));
     }
 
-    /// Whoever is in the row leaves it.
+    /// Whoever is in the row leaves it. Its place is kept with its request's grammar.
     pub(crate) fn leave(&mut self, row: usize) {
         let was_there = self.rows[row].take();
         let mut queues = lock(&self.shared.queues);
-        // Whoever left the row before while a thread was at it.
-        queues.done.retain(|job| job.row != row);
-        if was_there.is_some() {
+        let is_of_row = |job: &mut Job| job.row == row;
+        // Whoever left the row before while a thread was at it, too.
+        let mut leaving: Vec<Box<Work>> = queues.done.extract_if(.., is_of_row).map(|job| job.work).collect();
+        if let Some(Row { work }) = was_there {
             self.entries[row] += 1;
+            leaving.extend(work);
             // Nobody pays for what nobody wants: masks that wait are computed within a step.
-            queues.waiting.retain(|job| job.row != row);
+            while let Some(index) = queues.waiting.iter().position(|job| job.row == row) {
+                leaving.extend(queues.waiting.remove(index).map(|job| job.work));
+            }
         }
+        drop(queues);
+        leaving.into_iter().for_each(|work| work.keep_place());
     }
 
     /// Which choice is in the row, where it obeys a grammar: to be given back with its next token.
@@ -187,7 +193,8 @@ impl Masks {
             return;
         }
         let mut work = self.take(row);
-        let is_allowed = work.mask.get(token_id as usize / 32).is_some_and(|word| word >> (token_id % 32) & 1 == 1);
+        let is_allowed =
+            work.place.mask.get(token_id as usize / 32).is_some_and(|word| word >> (token_id % 32) & 1 == 1);
         assert!(is_allowed, "token {token_id} was chosen, which its row's mask does not allow");
         work.tokens.push(token_id);
         self.send(row, work);
@@ -198,7 +205,7 @@ impl Masks {
         let work = self.take(row);
         let place = self.rows[row].as_mut().expect("the row obeys a grammar");
         let work = &*place.work.insert(work);
-        work.result.map(|()| &*work.mask)
+        work.place.result.map(|()| &*work.place.mask)
     }
 
     /// Takes the row's work: waits for the thread that has it, or does what waits where there are no threads.
@@ -224,6 +231,8 @@ impl Masks {
                     && self.entries[row] == entry
                 {
                     place.work = Some(work);
+                } else {
+                    work.keep_place();
                 }
             }
         }
@@ -279,7 +288,7 @@ impl Shared {
         drop(queues);
         // A bug in following one grammar ends the choices that obey it, and nobody else.
         let result = catch_unwind(AssertUnwindSafe(|| job.work.follow()));
-        job.work.result = result.unwrap_or(Err(NotAllowed));
+        job.work.place.result = result.unwrap_or(Err(NotAllowed));
         let mut queues = lock(&self.queues);
         queues.done.push(job);
         if std::mem::take(&mut queues.is_awaited) {
@@ -292,16 +301,31 @@ impl Shared {
 impl Work {
     /// Tells the grammar what it does not know yet, and computes the mask.
     fn follow(&mut self) -> Result<(), NotAllowed> {
+        let Self { grammar, place, tokens, rules, .. } = self;
+        let Place { constraint, told, mask, is_masked, result } = place;
         // Where it failed once there is no way on.
-        self.result?;
-        let constraint = self.constraint.get_or_insert_with(|| self.grammar.begin());
-        self.num_generated += self.tokens.len() as u32;
-        for token_id in self.tokens.drain(..) {
-            constraint.advance(token_id)?;
+        (*result)?;
+        // Came back to where it left.
+        if tokens.is_empty() && *is_masked {
+            return Ok(());
         }
-        self.mask.fill(0);
-        constraint.mask(&mut self.mask)?;
-        self.rules.apply(self.num_generated, &mut self.mask)
+        *is_masked = false;
+        let constraint = constraint.get_or_insert_with(|| grammar.begin());
+        for token_id in tokens.drain(..) {
+            constraint.advance(token_id)?;
+            told.push(token_id);
+        }
+        mask.fill(0);
+        constraint.mask(mask)?;
+        rules.apply(told.len() as u32, mask)?;
+        *is_masked = true;
+        Ok(())
+    }
+
+    /// The choice is in its row no more.
+    fn keep_place(self) {
+        let Self { grammar, choice, place, .. } = self;
+        grammar.keep(choice, place);
     }
 }
 
@@ -326,150 +350,4 @@ impl Rules {
 }
 
 #[cfg(test)]
-mod tests {
-    use quire_scheduler::{CacheSalt, RequestId, SamplingParams, TenantId};
-
-    use super::*;
-
-    /// Allows the tokens that follow the last one by 1 or 2, from 0 on; panics at 13, ends with 63.
-    #[derive(Debug)]
-    struct Upwards;
-
-    struct UpwardsState(u32);
-
-    impl Grammar for Upwards {
-        fn begin(&self) -> Box<dyn TokenConstraint> {
-            Box::new(UpwardsState(0))
-        }
-    }
-
-    impl TokenConstraint for UpwardsState {
-        fn advance(&mut self, token_id: u32) -> Result<(), NotAllowed> {
-            assert_ne!(token_id, 13);
-            if token_id != self.0 + 1 && token_id != self.0 + 2 {
-                return Err(NotAllowed);
-            }
-            self.0 = token_id;
-            Ok(())
-        }
-
-        fn mask(&mut self, mask: &mut [u32]) -> Result<(), NotAllowed> {
-            for id in if self.0 >= 20 { [63, 63] } else { [self.0 + 1, self.0 + 2] } {
-                mask[id as usize / 32] |= 1 << (id % 32);
-            }
-            Ok(())
-        }
-    }
-
-    fn request(allowed: Option<Vec<u32>>, min_tokens: u32) -> Request {
-        Request {
-            id: RequestId(0),
-            tenant: TenantId(0),
-            adapter: None,
-            priority: 0,
-            cache_salt: CacheSalt::default(),
-            prompt: [1].as_slice().into(),
-            generated: Vec::new(),
-            choice_offset: 0,
-            sampling: SamplingParams { allowed_token_ids: allowed, ..SamplingParams::default() },
-            max_tokens: 8,
-            min_tokens,
-            stop_token_ids: vec![63, 1000],
-            deadline: None,
-        }
-    }
-
-    #[test]
-    fn each_row_follows_its_own_tokens() {
-        (0..3).for_each(rows_follow_their_tokens);
-    }
-
-    fn rows_follow_their_tokens(num_threads: usize) {
-        let mut masks = Masks::new(3, 64, num_threads).unwrap();
-        assert_eq!(masks.entry(0), None);
-        masks.enter(0, Arc::new(Upwards), &request(None, 0), &[]);
-        masks.enter(2, Arc::new(Upwards), &request(None, 0), &[2, 3]);
-        assert_eq!(masks.wait(2), Ok(&[0b11 << 4, 0][..]));
-        assert_eq!(masks.wait(0), Ok(&[0b110, 0][..]));
-        let (first, last) = (masks.entry(0).unwrap(), masks.entry(2).unwrap());
-        masks.advance(0, first, 2);
-        masks.advance(2, last, 5);
-        assert_eq!(masks.wait(0), Ok(&[0b11 << 3, 0][..]));
-        assert_eq!(masks.wait(0), Ok(&[0b11 << 3, 0][..]));
-        assert_eq!(masks.wait(2), Ok(&[0b11 << 6, 0][..]));
-        // Someone else is in the row when the token arrives.
-        masks.enter(0, Arc::new(Upwards), &request(None, 0), &[]);
-        masks.advance(0, first, 3);
-        assert_eq!(masks.wait(0), Ok(&[0b110, 0][..]));
-        masks.leave(0);
-        assert_eq!(masks.entry(0), None);
-    }
-
-    #[test]
-    fn whoever_has_time_computes_masks() {
-        let mut masks = Masks::new(8, 64, 0).unwrap();
-        (0..8).for_each(|row| masks.enter(row, Arc::new(Upwards), &request(None, 0), &[row as u32 + 1]));
-        assert_eq!(masks.num_waiting(), 8);
-        masks.leave(3);
-        assert_eq!(masks.num_waiting(), 7);
-        let work = masks.work();
-        std::thread::scope(|scope| {
-            for _ in 0..2 {
-                scope.spawn(|| (0..5).for_each(|_| work.compute_next()));
-            }
-        });
-        assert_eq!(masks.num_waiting(), 0);
-        for row in (0..8).filter(|row| *row != 3) {
-            let expected = if row < 2 { Ok(()) } else { Err(NotAllowed) };
-            assert_eq!(masks.wait(row).map(|_| ()), expected, "{row}");
-        }
-    }
-
-    #[test]
-    fn rows_that_come_and_go_leave_nothing_behind() {
-        let mut masks = Masks::new(2, 64, 0).unwrap();
-        for round in 0..100 {
-            masks.enter(0, Arc::new(Upwards), &request(None, 0), &[]);
-            // Some leave before their mask was computed, some behind it.
-            if round % 2 == 0 {
-                masks.work().compute_next();
-            }
-            masks.leave(0);
-        }
-        let queues = lock(&masks.shared.queues);
-        assert_eq!((queues.waiting.len(), queues.done.len()), (0, 0));
-    }
-
-    #[test]
-    fn a_row_without_a_way_on_fails_alone_and_for_good() {
-        let mut masks = Masks::new(3, 64, 1).unwrap();
-        masks.enter(0, Arc::new(Upwards), &request(None, 0), &[9]);
-        masks.enter(1, Arc::new(Upwards), &request(Some(vec![7, 40]), 0), &[]);
-        let up_to_13: Vec<u32> = (1..=13).collect();
-        masks.enter(2, Arc::new(Upwards), &request(None, 0), &up_to_13);
-        for row in 0..3 {
-            assert_eq!(masks.wait(row), Err(NotAllowed), "{row}");
-        }
-        assert_eq!(masks.wait(0), Err(NotAllowed));
-        masks.enter(2, Arc::new(Upwards), &request(None, 0), &[]);
-        assert!(masks.wait(2).is_ok());
-    }
-
-    #[test]
-    #[should_panic(expected = "token 3 was chosen")]
-    fn a_token_outside_its_mask_is_a_bug() {
-        let mut masks = Masks::new(1, 64, 1).unwrap();
-        masks.enter(0, Arc::new(Upwards), &request(None, 0), &[]);
-        assert!(masks.wait(0).is_ok());
-        let entry = masks.entry(0).unwrap();
-        masks.advance(0, entry, 3);
-    }
-
-    #[test]
-    fn a_complete_output_ends_before_min_tokens() {
-        let mut masks = Masks::new(1, 64, 1).unwrap();
-        let complete: Vec<u32> = (1..=10).map(|i| 2 * i).collect();
-        masks.enter(0, Arc::new(Upwards), &request(None, 100), &complete);
-        assert_eq!(masks.wait(0), Ok(&[0, 1 << 31][..]));
-    }
-}
+mod tests;

@@ -19,7 +19,6 @@ use quire_kernels::{Backend, DType, KernelError, StepLimits};
 use quire_scheduler::{Admission, RowId, SequenceOutput, StepOutput, StepPlan};
 
 use crate::config::{DTypeChoice, EngineConfig, KvDTypeChoice, SchedulerSettings};
-use crate::constraint::Grammar;
 use crate::error::EngineError;
 use crate::executor::Executor;
 use crate::handle::{MAX_LOGPROBS, ModelInfo};
@@ -30,6 +29,7 @@ use crate::memory;
 use crate::model_files::ModelFiles;
 use crate::models::decoder::{Decoder, EMBEDDING, Output};
 use crate::models::loader::WeightChoice;
+use crate::places::RequestGrammar;
 use crate::sampler::SamplerRows;
 use decode_graphs::{DecodeGraphs, Recorded};
 use device_model::DeviceModel;
@@ -48,7 +48,7 @@ pub(crate) struct ModelExecutor<B: Backend> {
     sampler_rows: SamplerRows,
     masks: Masks,
     /// Grammars of the sequences that enter rows with the next plan.
-    entering: Vec<(RowId, Arc<dyn Grammar>)>,
+    entering: Vec<(RowId, Arc<RequestGrammar>)>,
     scores: Scores,
     /// Oldest first.
     in_flight: VecDeque<InFlight<B>>,
@@ -230,7 +230,8 @@ impl<B: Backend> ModelExecutor<B> {
         match entering {
             Some(index) => {
                 let (_, grammar) = self.entering.swap_remove(index);
-                self.masks.enter(row, grammar, &admission.request, &admission.generated);
+                let Admission { request, choice_index, generated, .. } = admission;
+                self.masks.enter(row, grammar, *choice_index, request, generated);
             }
             None => self.masks.leave(row),
         }
@@ -435,7 +436,7 @@ impl<B: Backend> ModelExecutor<B> {
 }
 
 impl<B: Backend> Executor for ModelExecutor<B> {
-    fn constrain(&mut self, row: RowId, grammar: &Arc<dyn Grammar>) {
+    fn constrain(&mut self, row: RowId, grammar: &Arc<RequestGrammar>) {
         self.entering.push((row, Arc::clone(grammar)));
     }
 

@@ -9,13 +9,13 @@ use quire_scheduler::{Event, EventKind, IdleCheck, Request, RequestId, Scheduler
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
-use crate::constraint::Grammar;
 use crate::error::{EngineError, SubmitError};
 use crate::executor::Executor;
 use crate::handle::{Commands, EngineHandle, ModelInfo, QueuedSubmission, Shared, TokenEvent, Wait, lock};
 use crate::kv_events::{MAX_STEP_EVENTS, SnapshotQueue};
 use crate::masks::STACK_BYTES;
 use crate::observer::{StepObserver, StepReport};
+use crate::places::RequestGrammar;
 
 /// Submissions taken between two steps: what is left waits for the next boundary, so that a flood of them does not
 /// hold up those who run.
@@ -127,7 +127,7 @@ struct LiveRequest {
     num_open: u32,
     /// When a cancellation was first asked for.
     cancelled_at: Option<Instant>,
-    grammar: Option<Arc<dyn Grammar>>,
+    grammar: Option<Arc<RequestGrammar>>,
 }
 
 struct LaunchedStep {
@@ -225,8 +225,8 @@ impl<E: Executor> StepLoop<E> {
         };
         match self.scheduler.submit(request, now) {
             Ok(()) => {
-                let live =
-                    LiveRequest { events, num_open: num_choices, cancelled_at: None, grammar: submission.grammar };
+                let grammar = submission.grammar.map(|grammar| Arc::new(RequestGrammar::new(grammar)));
+                let live = LiveRequest { events, num_open: num_choices, cancelled_at: None, grammar };
                 self.live.insert(id, live);
                 self.note_stats();
                 if let Err(Ok(mut stream)) = reply.send(Ok(stream)) {
@@ -382,6 +382,7 @@ impl<E: Executor> StepLoop<E> {
             EventKind::Token { token_id, logprobs } => TokenEvent::Token { choice_index, token_id, logprobs },
             EventKind::Finished { reason, num_generated_tokens } => {
                 live.num_open -= 1;
+                live.grammar.iter().for_each(|grammar| grammar.end(choice_index));
                 TokenEvent::Finished { choice_index, reason, num_generated_tokens }
             }
         };

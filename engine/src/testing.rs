@@ -24,6 +24,7 @@ use crate::masks::Masks;
 use crate::model_executor::ModelExecutor;
 use crate::model_files::ModelFiles;
 use crate::observer::{StepObserver, StepReport};
+use crate::places::RequestGrammar;
 use crate::pooling::{PoolingFiles, PoolingHandle};
 use crate::source::{EmbeddedModel, ModelSource};
 use crate::weights::nearly_normal;
@@ -45,7 +46,7 @@ pub struct FakeExecutor {
     next_token: NextToken,
     is_non_finite: IsNonFinite,
     rows: HashMap<u32, FakeRow>,
-    entering: HashMap<u32, Arc<dyn Grammar>>,
+    entering: HashMap<u32, Arc<RequestGrammar>>,
     /// Made for the first grammar.
     masks: Option<Masks>,
     outputs: VecDeque<StepOutput>,
@@ -135,7 +136,7 @@ impl FakeExecutor {
 }
 
 impl Executor for FakeExecutor {
-    fn constrain(&mut self, row: RowId, grammar: &Arc<dyn Grammar>) {
+    fn constrain(&mut self, row: RowId, grammar: &Arc<RequestGrammar>) {
         self.entering.insert(row.0, Arc::clone(grammar));
     }
 
@@ -155,7 +156,7 @@ impl Executor for FakeExecutor {
                 let masks = self
                     .masks
                     .get_or_insert_with(|| Masks::new(MAX_ROWS, self.vocab_size as usize, 1).expect("a thread starts"));
-                masks.enter(row, grammar, &request, &admission.generated);
+                masks.enter(row, grammar, admission.choice_index, &request, &admission.generated);
             } else if let Some(masks) = &mut self.masks {
                 masks.leave(row);
             }

@@ -8,8 +8,8 @@ use quire_engine::testing::{
     FakeExecutor, Gate, Recorder, TinyModel, fake_model, read_all, start_with, submission, tiny_model,
 };
 use quire_engine::{
-    DeviceChoice, EngineConfig, EngineError, EngineHandle, EngineHealth, Executor, Grammar, LoadFormat, ModelSource,
-    SchedulerSettings, StepObserver, StepReport, SubmitError, TokenEvent,
+    DeviceChoice, EngineConfig, EngineError, EngineHandle, EngineHealth, Executor, LoadFormat, ModelSource,
+    RequestGrammar, SchedulerSettings, StepObserver, StepReport, SubmitError, TokenEvent,
 };
 
 const LONG: Duration = Duration::from_secs(3600);
@@ -26,7 +26,7 @@ fn start(executor: impl Executor, pipeline_depth: u32, recorder: &Recorder) -> E
 struct SaysGoodbye(FakeExecutor, mpsc::Sender<()>);
 
 impl Executor for SaysGoodbye {
-    fn constrain(&mut self, row: RowId, grammar: &Arc<dyn Grammar>) {
+    fn constrain(&mut self, row: RowId, grammar: &Arc<RequestGrammar>) {
         self.0.constrain(row, grammar);
     }
     fn launch(&mut self, plan: &StepPlan) -> Result<(), EngineError> {
