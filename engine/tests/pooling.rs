@@ -12,8 +12,18 @@ use serde_json::Value;
 
 /// f32 sums of some hundred terms in another order.
 const TOLERANCE: f64 = 1e-4;
-const CASES: [&str; 7] =
-    ["bert-cls-raw", "bert-mean", "bert-rerank", "qwen3-last", "qwen3-rerank", "xlmr-cls", "xlmr-rerank"];
+const CASES: [&str; 10] = [
+    "bert-classify",
+    "bert-cls-raw",
+    "bert-mean",
+    "bert-rerank",
+    "qwen3-classify",
+    "qwen3-last",
+    "qwen3-rerank",
+    "xlmr-classify",
+    "xlmr-cls",
+    "xlmr-rerank",
+];
 
 fn source(name: &str) -> ModelSource {
     ModelSource::Directory(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/embedders").join(name))
@@ -31,13 +41,13 @@ fn inputs(expected: &Value) -> Vec<PoolingInput> {
     texts.map(|(index, list)| PoolingInput { token_ids: ids(list), second_from: second(index) }).collect()
 }
 
-/// What transformers answers: vectors, or scores as vectors of one number.
+/// What transformers answers: vectors, probabilities of labels, or scores as vectors of one number.
 fn answers(expected: &Value) -> Vec<Vec<f64>> {
     let numbers = |value: &Value| match value {
         Value::Array(list) => list.iter().map(|number| number.as_f64().unwrap()).collect(),
         number => vec![number.as_f64().unwrap()],
     };
-    let key = if expected.get("vectors").is_some() { "vectors" } else { "scores" };
+    let key = ["vectors", "probs", "scores"].into_iter().find(|key| expected.get(key).is_some()).unwrap();
     expected[key].as_array().unwrap().iter().map(numbers).collect()
 }
 
@@ -165,9 +175,23 @@ fn files_say_what_a_model_is_for() {
         assert_eq!(start(name, Isa::detect(), &settings(512, 8)).model().weight_format, "f32", "{name}");
         assert_eq!(kind_of(&source(name)).unwrap(), ModelKind::Pools, "{name}");
         let handle = start(name, Isa::detect(), &settings(512, 8));
-        let is_score = name.ends_with("rerank");
-        assert_eq!(handle.pooling().task, if is_score { PoolingTask::Score } else { PoolingTask::Embed }, "{name}");
-        assert_eq!(handle.pooling().num_dimensions, if is_score { 1 } else { 32 }, "{name}");
+        let labels: Vec<String> = match expected(name).get("labels") {
+            Some(labels) => serde_json::from_value(labels.clone()).unwrap(),
+            // The head of one that judges is the vocabulary's.
+            None if name.ends_with("rerank") && name != "qwen3-rerank" => vec!["LABEL_0".to_owned()],
+            None => Vec::new(),
+        };
+        let (task, num_dimensions) = match name.rsplit_once('-').unwrap().1 {
+            "rerank" => (PoolingTask::Score, 1),
+            "classify" => (PoolingTask::Classify, labels.len() as u32),
+            _ => (PoolingTask::Embed, 32),
+        };
+        let pooling = handle.pooling();
+        assert_eq!(
+            (pooling.task, pooling.num_dimensions, &*pooling.labels),
+            (task, num_dimensions, &*labels),
+            "{name}"
+        );
         let opened = OpenedModel::open(&source(name), &engine()).unwrap();
         let need = opened.memory_need(&engine(), &settings(512, 8)).unwrap();
         let weights = handle.model().weight_bytes;
@@ -192,7 +216,7 @@ async fn weights_of_fewer_bits_point_the_same_way() {
     }
     // A shape without its files, to measure.
     let engine = EngineConfig { load_format: LoadFormat::Dummy, ..engine() };
-    for name in ["bert-mean", "xlmr-rerank", "qwen3-last", "qwen3-rerank"] {
+    for name in ["bert-mean", "xlmr-rerank", "qwen3-last", "qwen3-rerank", "qwen3-classify"] {
         let handle = pooling::start(&source(name), &engine, &settings(512, 8), Box::new(Recorder::default()), 0);
         let input = PoolingInput { token_ids: vec![5, 6, 7], second_from: None };
         assert_eq!(handle.unwrap().compute(vec![input], None).await.unwrap().len(), 1, "{name}");

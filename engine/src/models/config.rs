@@ -53,11 +53,8 @@ impl ModelConfig {
     pub(crate) fn parse(json: &[u8]) -> Result<Self, EngineError> {
         let root = parse_object("config.json", json)?;
         let fields = Fields { object: &root, prefix: "" };
-        let mut architecture = fields.architecture()?;
-        if fields.get("classifier_from_token").is_some() {
-            // A decoder whose answers to a question are its classes: the files are those of the decoder.
-            architecture = architecture.replace("ForSequenceClassification", "ForCausalLM");
-        }
+        // A decoder with another head, or whose answers to a question are its classes.
+        let architecture = fields.architecture()?.replace("ForSequenceClassification", "ForCausalLM");
         let (family, facts_of) = *ARCHITECTURES
             .iter()
             .find(|(name, ..)| *name == architecture || architecture == model_type_of(name))
@@ -160,9 +157,9 @@ impl Shape {
 
 /// A JSON object whose fields are asked for by name; `null` is absent.
 pub(crate) struct Fields<'a> {
-    pub(super) object: &'a Map<String, Value>,
+    pub(crate) object: &'a Map<String, Value>,
     /// Where the object stands in the file, for messages.
-    pub(super) prefix: &'static str,
+    pub(crate) prefix: &'static str,
 }
 
 impl<'a> Fields<'a> {
@@ -259,7 +256,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The first of `architectures`, or else `model_type`.
-    pub(super) fn architecture(&self) -> Result<String, EngineError> {
+    pub(crate) fn architecture(&self) -> Result<String, EngineError> {
         match self.get("architectures") {
             None => {
                 let model_type = self.string("model_type")?.ok_or_else(|| self.error("architectures", "is missing"))?;

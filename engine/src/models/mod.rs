@@ -3,6 +3,7 @@
 pub(crate) mod config;
 pub(crate) mod decoder;
 pub(crate) mod encoder;
+pub(crate) mod labels;
 mod llama;
 pub(crate) mod loader;
 mod mistral;

@@ -1,10 +1,12 @@
-//! Decoders that were trained as embedders (the last token's normalised hidden state) or rerankers ([`Judge`]). A text that is longer than a batch is
+//! Decoders that were trained as embedders (the last token's normalised hidden state), as classifiers (a product of it for each
+//! label) or as rerankers ([`Judge`]). A text that is longer than a batch is
 //! computed in chunks; the KV cache holds one batch, or one text of the longest length, and is written anew by each.
 
-use quire_kernels::{Backend, DType, KernelError, KvLayout, StepLimits};
+use quire_kernels::ops::linear::Epilogue;
+use quire_kernels::{Backend, DType, KernelError, KvLayout, StepLimits, WeightLayout};
 
 use super::handle::PoolingInput;
-use super::judge::Judge;
+use super::judge::{Judge, decoder_labels, pair_prompt};
 use super::spec::{Pooling, PoolingInfo, PoolingTask, Spec};
 use super::{Loaded, Plan, Pooler, normalize};
 use crate::error::EngineError;
@@ -14,13 +16,18 @@ use crate::model_files::ModelFiles;
 use crate::models::config::{ModelConfig, unsupported};
 use crate::models::decoder::{Decoder, EMBEDDING, Output, StepInputs};
 use crate::models::encoder::BatchLimits;
-use crate::models::loader::WeightChoice;
+use crate::models::labels::{Activation, Labels};
+use crate::models::loader::{Loader, ModelSize, Projection, WeightChoice};
+use crate::weights::Weights;
+
+/// The module of a classification head.
+const HEAD: &str = "score";
 
 /// A decoder on a device, with the arrays of a batch.
 pub(super) struct DecoderPooler<B: Backend> {
     backend: B,
     decoder: Decoder<B>,
-    judge: Option<Judge>,
+    answer: Answer<B>,
     normalize: bool,
     limits: BatchLimits,
     block_size: usize,
@@ -28,6 +35,39 @@ pub(super) struct DecoderPooler<B: Backend> {
     kv: Vec<B::Kv>,
     arrays: Arrays<B>,
     host: HostArrays,
+}
+
+/// What is made of a text's last hidden state.
+enum Answer<B: Backend> {
+    Vector,
+    Judged(Judge),
+    Labels {
+        head: Projection<B>,
+        num_labels: usize,
+        activation: Activation,
+        /// `[logits_tile, num_labels]`
+        logits: B::Buffer,
+    },
+}
+
+/// The same, as the files say it.
+enum Wanted {
+    Vector,
+    Judged(Judge),
+    Labels(Labels),
+}
+
+impl Wanted {
+    /// And what else the files say.
+    fn read(plan: &Plan<'_>) -> Result<(Self, Spec), EngineError> {
+        if let Some(judge) = Judge::read(plan.source)? {
+            return Ok((Self::Judged(judge), Spec::bare()));
+        }
+        match decoder_labels(plan.source)? {
+            Some(labels) => Ok((Self::Labels(labels), Spec::bare())),
+            None => Ok((Self::Vector, Spec::read(plan.source, Pooling::Last)?)),
+        }
+    }
 }
 
 struct Arrays<B: Backend> {
@@ -92,13 +132,6 @@ impl Sizes {
     }
 }
 
-/// Whether a model judges, and what else its files say.
-fn judge_and_spec(plan: &Plan<'_>) -> Result<(Option<Judge>, Spec), EngineError> {
-    let judge = Judge::read(plan.source)?;
-    let spec = if judge.is_some() { Spec::of_judge() } else { Spec::read(plan.source, Pooling::Last)? };
-    Ok((judge, spec))
-}
-
 /// Bytes of a decoder: of its weights, and of its cache and a batch's buffers.
 pub(super) fn expected_bytes<B: Backend>(
     backend: &B,
@@ -106,7 +139,7 @@ pub(super) fn expected_bytes<B: Backend>(
     plan: &Plan<'_>,
 ) -> Result<(u64, u64), EngineError> {
     let ModelFiles { config, weights, .. } = files;
-    let (_, spec) = judge_and_spec(plan)?;
+    let (_, spec) = Wanted::read(plan)?;
     let dtype = dtype(plan.engine.dtype, weights.dtype_of(EMBEDDING).or(config.dtype));
     let choice = WeightChoice { dtype, quantize: plan.engine.quantize };
     let sizes = Sizes::of(config, dtype, plan, &spec)?;
@@ -117,7 +150,7 @@ pub(super) fn expected_bytes<B: Backend>(
 impl<B: Backend> DecoderPooler<B> {
     pub(super) fn load(mut backend: B, files: ModelFiles, plan: &Plan<'_>) -> Result<Loaded<Self>, EngineError> {
         let ModelFiles { mut config, weights, .. } = files;
-        let (judge, spec) = judge_and_spec(plan)?;
+        let (wanted, spec) = Wanted::read(plan)?;
         if spec.pooling != Pooling::Last {
             return Err(unsupported("pooling", "decoders are served with the last token's pooling"));
         }
@@ -128,32 +161,41 @@ impl<B: Backend> DecoderPooler<B> {
         let kv_bytes: u64 = layouts.iter().map(|layout| layout.total_bytes() as u64).sum();
         let weight_bytes = Decoder::expected_weight_bytes(&backend, &config, &weights, choice);
         let mut buffers = Decoder::<B>::expected_buffer_bytes(&config, limits.num_tokens);
-        if judge.is_some() {
+        if let Wanted::Judged(_) = wanted {
             buffers += (backend.logits_tile() * config.vocab_size * DType::F32.size()) as u64;
         }
         plan.check_fits("weights, the cache and the buffers of a batch", weight_bytes + kv_bytes + buffers)?;
         let windows = config.kv_groups();
-        let output = if judge.is_some() { Output::Logits } else { Output::Hidden };
+        let output = if let Wanted::Judged(_) = wanted { Output::Logits } else { Output::Hidden };
+        // First, so that the decoder finds its head's weights read.
+        let (answer, head_size) = Answer::load(&mut backend, &config, &weights, choice, &wanted)?;
         let decoder = Decoder::load(&mut backend, config, &weights, choice, limits.num_tokens, &windows, output)?;
         let (config, size) = (decoder.config(), decoder.size());
         let block_size = plan.settings.block_size as usize;
         let max_num_blocks = max_len.div_ceil(block_size);
-        if let Some(judge) = judge
+        if let Wanted::Judged(judge) = wanted
             && judge.answers.iter().any(|id| *id as usize >= config.vocab_size)
         {
             return Err(unsupported("vocab_size", "is less than the tokens of a reranker's answers"));
         }
-        let (task, num_dimensions) = match judge {
-            Some(_) => (PoolingTask::Score, 1),
-            None => (PoolingTask::Embed, config.hidden_size as u32),
+        let pair_prompt = match &wanted {
+            Wanted::Vector => None,
+            Wanted::Judged(judge) => Some(judge.prompt),
+            Wanted::Labels(_) => pair_prompt(plan.source)?,
+        };
+        let (task, num_dimensions, labels) = match &wanted {
+            Wanted::Vector => (PoolingTask::Embed, config.hidden_size, Vec::new()),
+            Wanted::Judged(_) => (PoolingTask::Score, 1, Vec::new()),
+            Wanted::Labels(Labels { names, .. }) => (PoolingTask::of_labels(names.len()), names.len(), names.clone()),
         };
         let pooling = PoolingInfo {
             task,
-            num_dimensions,
+            num_dimensions: num_dimensions as u32,
             is_normalized: spec.normalize,
             prompts: spec.prompts,
             default_prompt: spec.default_prompt,
-            pair_prompt: judge.map(|judge| judge.prompt),
+            pair_prompt,
+            labels: labels.into(),
         };
         let info = ModelInfo {
             architecture: config.architecture.to_owned(),
@@ -161,8 +203,8 @@ impl<B: Backend> DecoderPooler<B> {
             max_model_len: max_len as u32,
             digest: weights.digest(),
             eos_token_ids: Vec::new(),
-            num_parameters: size.num_parameters,
-            weight_bytes: size.weight_bytes,
+            num_parameters: size.num_parameters + head_size.num_parameters,
+            weight_bytes: size.weight_bytes + head_size.weight_bytes,
             kv_cache_bytes: kv_bytes,
             device_memory: None,
             weight_format: size.format,
@@ -189,7 +231,7 @@ impl<B: Backend> DecoderPooler<B> {
         let pooler = Self {
             backend,
             decoder,
-            judge,
+            answer,
             normalize: spec.normalize,
             limits,
             block_size,
@@ -273,6 +315,24 @@ impl<B: Backend> DecoderPooler<B> {
 }
 
 impl<B: Backend> DecoderPooler<B> {
+    /// Numbers for each label of the texts of the last forward pass.
+    fn classes(&mut self, num_texts: usize) -> Result<Vec<Vec<f32>>, KernelError> {
+        let Self { backend, decoder, arrays, answer, .. } = self;
+        let Answer::Labels { head, num_labels, activation, logits } = answer else { unreachable!("there is a head") };
+        let tile = backend.logits_tile();
+        let mut classes = Vec::with_capacity(num_texts);
+        for first in (0..num_texts).step_by(tile) {
+            let num_rows = tile.min(num_texts - first);
+            let mut found = vec![0.0; num_rows * *num_labels];
+            let hidden = decoder.compute_hidden(backend, &arrays.gather, first, num_rows)?;
+            head.apply(backend, hidden, num_rows, Epilogue::Store, logits)?;
+            backend.read_f32(logits, 0, &mut found)?;
+            found.chunks_exact_mut(*num_labels).for_each(|logits| activation.apply(logits));
+            classes.extend(found.chunks_exact(*num_labels).map(<[f32]>::to_vec));
+        }
+        Ok(classes)
+    }
+
     /// Scores of the texts of the last forward pass.
     fn scores(&mut self, judge: &Judge, num_texts: usize) -> Result<Vec<Vec<f32>>, KernelError> {
         let Self { backend, decoder, arrays, .. } = self;
@@ -291,6 +351,28 @@ impl<B: Backend> DecoderPooler<B> {
             }
         }
         Ok(scores)
+    }
+}
+
+impl<B: Backend> Answer<B> {
+    fn load(
+        backend: &mut B,
+        config: &ModelConfig,
+        weights: &Weights,
+        choice: WeightChoice,
+        wanted: &Wanted,
+    ) -> Result<(Self, ModelSize), EngineError> {
+        let (num_labels, activation) = match wanted {
+            Wanted::Vector => return Ok((Self::Vector, ModelSize::default())),
+            Wanted::Judged(judge) => return Ok((Self::Judged(*judge), ModelSize::default())),
+            Wanted::Labels(labels) => (labels.names.len(), labels.activation),
+        };
+        let mut loader = Loader::new(backend, weights, choice);
+        let module = [(HEAD.to_owned(), num_labels)];
+        let head = loader.projection(&module, config.hidden_size, WeightLayout::Stacked, false)?;
+        let size = loader.finish();
+        let logits = backend.alloc(DType::F32, backend.logits_tile() * num_labels)?;
+        Ok((Self::Labels { head, num_labels, activation, logits }, size))
     }
 }
 
@@ -347,9 +429,10 @@ impl<B: Backend> Pooler for DecoderPooler<B> {
                 self.forward(&texts)?;
             }
         }
-        Ok(match self.judge {
-            Some(judge) => self.scores(&judge, batch.len())?,
-            None => self.last_states(batch.len())?,
+        Ok(match self.answer {
+            Answer::Judged(judge) => self.scores(&judge, batch.len())?,
+            Answer::Labels { .. } => self.classes(batch.len())?,
+            Answer::Vector => self.last_states(batch.len())?,
         })
     }
 }

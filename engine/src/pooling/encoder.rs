@@ -8,7 +8,8 @@ use super::{Loaded, Plan, Pooler, normalize};
 use crate::error::EngineError;
 use crate::handle::ModelInfo;
 use crate::model_executor::dtype;
-use crate::models::encoder::{BatchLimits, Encoder, EncoderConfig, EncoderInputs, Head, stored_dtype};
+use crate::models::encoder::{BatchLimits, Encoder, EncoderConfig, EncoderInputs, stored_dtype};
+use crate::models::labels::Activation;
 use crate::models::loader::WeightChoice;
 use crate::weights::Weights;
 
@@ -53,14 +54,15 @@ impl<B: Backend> EncoderPooler<B> {
         plan.check_fits("weights and the buffers of a batch", weight_bytes + working_bytes)?;
         let encoder = Encoder::load(&mut backend, config, weights, choice, limits)?;
         let (config, size) = (encoder.config(), encoder.size());
-        let is_score = config.head == Head::Score;
+        let labels = config.labels.as_ref().map_or_else(Vec::new, |labels| labels.names.clone());
         let pooling = PoolingInfo {
-            task: if is_score { PoolingTask::Score } else { PoolingTask::Embed },
-            num_dimensions: if is_score { 1 } else { config.hidden_size as u32 },
-            is_normalized: spec.normalize && !is_score,
+            task: PoolingTask::of_labels(labels.len()),
+            num_dimensions: if labels.is_empty() { config.hidden_size } else { labels.len() } as u32,
+            is_normalized: spec.normalize && labels.is_empty(),
             prompts: spec.prompts,
             default_prompt: spec.default_prompt,
             pair_prompt: None,
+            labels: labels.into(),
         };
         let info = ModelInfo {
             architecture: config.architecture.to_owned(),
@@ -128,18 +130,19 @@ impl<B: Backend> EncoderPooler<B> {
         Ok(vectors.collect())
     }
 
-    fn score(&mut self, num_seqs: usize) -> Result<Vec<Vec<f32>>, KernelError> {
+    fn classify(
+        &mut self,
+        num_seqs: usize,
+        num_labels: usize,
+        activation: Activation,
+    ) -> Result<Vec<Vec<f32>>, KernelError> {
         let Self { backend, encoder, cu_seqlens, .. } = self;
-        let has_sigmoid = encoder.config().has_sigmoid;
         // The starts of the sequences are all offsets but the last.
-        let scores = encoder.score(backend, cu_seqlens, num_seqs)?;
-        let mut logits = vec![0.0; num_seqs];
-        backend.read_f32(scores, 0, &mut logits)?;
-        let of_logit = |logit: f32| match has_sigmoid {
-            true => (1.0 / (1.0 + (-f64::from(logit)).exp())) as f32,
-            false => logit,
-        };
-        Ok(logits.into_iter().map(|logit| vec![of_logit(logit)]).collect())
+        let found = encoder.classify(backend, cu_seqlens, num_seqs)?;
+        let mut logits = vec![0.0; num_seqs * num_labels];
+        backend.read_f32(found, 0, &mut logits)?;
+        logits.chunks_exact_mut(num_labels).for_each(|logits| activation.apply(logits));
+        Ok(logits.chunks_exact(num_labels).map(<[f32]>::to_vec).collect())
     }
 }
 
@@ -175,8 +178,8 @@ pub(super) fn expected_bytes<B: Backend>(
 impl<B: Backend> Pooler for EncoderPooler<B> {
     fn compute(&mut self, batch: &[&PoolingInput]) -> Result<Vec<Vec<f32>>, EngineError> {
         let config = self.encoder.config();
-        let (first_position, last_type, is_score) =
-            (config.first_position as u32, config.num_token_types as u32 - 1, config.head == Head::Score);
+        let (first_position, last_type) = (config.first_position as u32, config.num_token_types as u32 - 1);
+        let labels = config.labels.as_ref().map(|labels| (labels.names.len(), labels.activation));
         let host = &mut self.host;
         host.token_ids.clear();
         host.positions.clear();
@@ -206,6 +209,9 @@ impl<B: Backend> Pooler for EncoderPooler<B> {
             cu_seqlens: &self.cu_seqlens,
         };
         self.encoder.forward(backend, &inputs)?;
-        Ok(if is_score { self.score(batch.len())? } else { self.pool()? })
+        Ok(match labels {
+            Some((num_labels, activation)) => self.classify(batch.len(), num_labels, activation)?,
+            None => self.pool()?,
+        })
     }
 }

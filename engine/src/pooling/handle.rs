@@ -196,7 +196,7 @@ impl PoolingHandle {
         &self.guard.shared
     }
 
-    /// A vector of each text, `[num_dimensions]`, or a score of each pair, `[1]`, in order. Dropping the future ends the request
+    /// `[num_dimensions]` numbers of each text or pair, in order. Dropping the future ends the request
     /// before the next batch.
     pub async fn compute(
         &self,
@@ -274,6 +274,7 @@ mod tests {
             prompts: BTreeMap::new(),
             default_prompt: None,
             pair_prompt: None,
+            labels: Arc::default(),
         };
         let shared = Shared::new(fake_model(100), pooling, 10);
         let job = |len| {

@@ -10,7 +10,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::EngineError;
-use crate::models::config::{parse_object, unsupported};
+use crate::models::config::{Fields, parse_object, unsupported};
+use crate::models::labels::Labels;
 use crate::source::ModelSource;
 use crate::weights::{read_bounded, read_config};
 
@@ -50,6 +51,16 @@ pub(crate) struct Judge {
     pub prompt: PairPrompt,
 }
 
+/// The labels of a decoder with a classification head, by its `config.json`.
+pub(super) fn decoder_labels(source: &ModelSource) -> Result<Option<Labels>, EngineError> {
+    let Some(json) = read_config(source, "config.json")? else { return Ok(None) };
+    let root = parse_object("config.json", &json)?;
+    let fields = Fields { object: &root, prefix: "" };
+    // Files without an architecture are none of a decoder.
+    let named = fields.get("architectures").is_some() && fields.architecture()?.ends_with("ForSequenceClassification");
+    (named && fields.get(ANSWERS).is_none()).then(|| Labels::read(&fields)).transpose()
+}
+
 /// Whether a model's files say that it judges.
 pub(crate) fn judges(source: &ModelSource) -> Result<bool, EngineError> {
     if let Some(json) = read_config(source, "config.json")?
@@ -61,6 +72,16 @@ pub(crate) fn judges(source: &ModelSource) -> Result<bool, EngineError> {
         }
         return Ok(true);
     }
+    // One that was given a head answers with it.
+    Ok(is_told_to_judge(source)? && decoder_labels(source)?.is_none())
+}
+
+/// How pairs are put to a decoder with a head, which was made of one that judges.
+pub(super) fn pair_prompt(source: &ModelSource) -> Result<Option<PairPrompt>, EngineError> {
+    Ok(is_told_to_judge(source)?.then_some(QWEN3_PROMPT))
+}
+
+fn is_told_to_judge(source: &ModelSource) -> Result<bool, EngineError> {
     for name in TEMPLATES {
         if let Some(text) = read_config(source, name)?
             && text.windows(QWEN3_TASK.len()).any(|part| part == QWEN3_TASK.as_bytes())
@@ -124,6 +145,8 @@ mod tests {
             assert_eq!(files(&[by, VOCABULARY]).unwrap().map(|judge| judge.answers), Some([4, 9]));
         }
         assert_eq!(files(&[("config.json", "{}"), VOCABULARY]), Ok(None));
+        let with_head = ("config.json", r#"{"architectures": ["Qwen3ForSequenceClassification"]}"#);
+        assert_eq!(files(&[with_head, template, VOCABULARY]), Ok(None));
         for wrong in [
             &[("config.json", r#"{"classifier_from_token": ["0", "1"]}"#), VOCABULARY][..],
             &[("config.json", r#"{"classifier_from_token": "yes"}"#), VOCABULARY],

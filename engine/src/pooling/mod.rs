@@ -43,7 +43,7 @@ pub enum ModelKind {
 }
 
 /// What a model's files say it is for: encoders, whatever has a `modules.json` of sentence-transformers, and decoders that
-/// judge pairs of texts pool.
+/// judge pairs of texts or have a classification head pool.
 pub fn kind_of(source: &ModelSource) -> Result<ModelKind, EngineError> {
     if matches!(source, ModelSource::Gguf(_)) {
         return Ok(ModelKind::Generates);
@@ -52,13 +52,14 @@ pub fn kind_of(source: &ModelSource) -> Result<ModelKind, EngineError> {
         Some(json) => encoder_architecture(&json)?.is_some(),
         None => false,
     };
-    let pools = is_encoder || Spec::is_described(source)? || judge::judges(source)?;
+    let pools =
+        is_encoder || Spec::is_described(source)? || judge::judges(source)? || judge::decoder_labels(source)?.is_some();
     Ok(if pools { ModelKind::Pools } else { ModelKind::Generates })
 }
 
 /// Computes vectors or scores of texts.
 pub(crate) trait Pooler: Send + 'static {
-    /// Of each text, in order: a vector, or a score alone. The texts fit the limits that the batch loop was given.
+    /// Of each text, in order: a vector, a score alone, or a number for each label. The texts fit the limits that the batch loop was given.
     fn compute(&mut self, batch: &[&PoolingInput]) -> Result<Vec<Vec<f32>>, EngineError>;
 }
 

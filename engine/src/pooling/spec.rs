@@ -1,6 +1,7 @@
 //! What sentence-transformers writes beside a model: how hidden states become one vector, and what stands before a text.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -22,8 +23,21 @@ const MAX_PROMPTS: usize = 256;
 pub enum PoolingTask {
     /// A vector of a text.
     Embed,
-    /// A score of a pair of texts.
+    /// A score of a pair of texts; of a model with a classification head also that of one text.
     Score,
+    /// A number for each of several labels.
+    Classify,
+}
+
+impl PoolingTask {
+    /// Of an encoder, or a decoder with a head, that has so many labels.
+    pub(crate) fn of_labels(num_labels: usize) -> Self {
+        match num_labels {
+            0 => Self::Embed,
+            1 => Self::Score,
+            _ => Self::Classify,
+        }
+    }
 }
 
 /// How hidden states become one vector.
@@ -41,7 +55,7 @@ pub enum Pooling {
 #[derive(Clone, Debug, PartialEq)]
 pub struct PoolingInfo {
     pub task: PoolingTask,
-    /// Numbers of a vector; 1 of a score.
+    /// Numbers of a vector; 1 of a score; as many as there are labels.
     pub num_dimensions: u32,
     /// Whether vectors have length 1.
     pub is_normalized: bool,
@@ -51,6 +65,8 @@ pub struct PoolingInfo {
     pub default_prompt: Option<String>,
     /// How pairs are put to a model that is no cross-encoder.
     pub pair_prompt: Option<PairPrompt>,
+    /// Names of what a model with a classification head tells apart; empty of others.
+    pub labels: Arc<[String]>,
 }
 
 /// What the files say.
@@ -69,8 +85,8 @@ impl Spec {
         Ok(read_config(source, MODULES)?.is_some())
     }
 
-    /// Of a model that judges: whatever else the files describe is about how another program asks it.
-    pub(crate) fn of_judge() -> Self {
+    /// Of a decoder that judges or classifies: whatever else the files describe is about how another program asks it.
+    pub(crate) fn bare() -> Self {
         let pooling = Pooling::Last;
         Self { pooling, normalize: false, max_len: None, prompts: BTreeMap::new(), default_prompt: None }
     }

@@ -6,6 +6,7 @@ use quire_kernels::ops::activation::ActivationKind;
 
 use crate::error::EngineError;
 use crate::models::config::{Fields, parse_object, unsupported};
+use crate::models::labels::Labels;
 
 /// Which family's names and positions a model has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,19 +19,19 @@ pub(crate) enum Family {
 
 /// What is computed of the last layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Head {
+enum Head {
     /// Hidden states.
     None,
-    /// One score of a pair of texts.
-    Score,
+    /// A number for each label, of a text or a pair of texts.
+    Labels,
 }
 
 /// Every encoder that is served, by the name that `config.json` has for it.
 const ARCHITECTURES: [(&str, Family, Head); 4] = [
     ("BertModel", Family::Bert, Head::None),
-    ("BertForSequenceClassification", Family::Bert, Head::Score),
+    ("BertForSequenceClassification", Family::Bert, Head::Labels),
     ("XLMRobertaModel", Family::XlmRoberta, Head::None),
-    ("XLMRobertaForSequenceClassification", Family::XlmRoberta, Head::Score),
+    ("XLMRobertaForSequenceClassification", Family::XlmRoberta, Head::Labels),
 ];
 
 /// An encoder's sizes, every one of them within bounds.
@@ -38,7 +39,8 @@ const ARCHITECTURES: [(&str, Family, Head); 4] = [
 pub(crate) struct EncoderConfig {
     pub architecture: &'static str,
     pub family: Family,
-    pub head: Head,
+    /// Of a model with a classification head.
+    pub labels: Option<Labels>,
     pub hidden_size: usize,
     pub intermediate_size: usize,
     pub num_layers: usize,
@@ -52,8 +54,6 @@ pub(crate) struct EncoderConfig {
     pub layer_norm_eps: f32,
     pub activation: ActivationKind,
     pub dtype: Option<DType>,
-    /// Whether a score becomes a number between 0 and 1.
-    pub has_sigmoid: bool,
 }
 
 /// The architecture that `config.json` names, where it is an encoder's.
@@ -119,18 +119,14 @@ impl EncoderConfig {
             "relu" => ActivationKind::Relu,
             other => return Err(unsupported("hidden_act", format!("{other} is not served; gelu, gelu_new, relu are"))),
         };
-        if head == Head::Score {
-            // Absent, the makers' own code has two labels.
-            let num_labels = fields.object("id2label")?.map_or(2, |labels| labels.object.len());
-            if num_labels != 1 {
-                let why = format!("{num_labels} labels are a classifier's; rerankers, which have one, are served");
-                return Err(unsupported("id2label", why));
-            }
-        }
+        let labels = match head {
+            Head::None => None,
+            Head::Labels => Some(Labels::read(&fields)?),
+        };
         Ok(Self {
             architecture,
             family,
-            head,
+            labels,
             hidden_size,
             intermediate_size: fields.size("intermediate_size", 1..=1 << 20)?,
             num_layers: fields.size("num_hidden_layers", 1..=1024)?,
@@ -142,7 +138,6 @@ impl EncoderConfig {
             layer_norm_eps: layer_norm_eps as f32,
             activation,
             dtype: fields.dtype()?,
-            has_sigmoid: has_sigmoid(&fields)?,
         })
     }
 
@@ -151,25 +146,13 @@ impl EncoderConfig {
         self.num_positions - self.first_position
     }
 
+    /// 0 of a model without a classification head.
+    pub(crate) fn num_labels(&self) -> usize {
+        self.labels.as_ref().map_or(0, |labels| labels.names.len())
+    }
+
     pub(crate) fn head_dim(&self) -> usize {
         self.hidden_size / self.num_heads
-    }
-}
-
-/// What sentence-transformers puts behind a score: a sigmoid, unless the file names the identity.
-fn has_sigmoid(fields: &Fields<'_>) -> Result<bool, EngineError> {
-    let newer = match fields.object("sentence_transformers")? {
-        Some(own) => own.string("activation_fn")?,
-        None => None,
-    };
-    let name = match newer {
-        Some(name) => Some(name),
-        None => fields.string("sbert_ce_default_activation_function")?,
-    };
-    match name.map(|name| name.rsplit('.').next().unwrap_or(name)) {
-        None | Some("Sigmoid") => Ok(true),
-        Some("Identity") => Ok(false),
-        Some(other) => Err(unsupported("activation_fn", format!("{other} is not served; Sigmoid and Identity are"))),
     }
 }
 
@@ -191,13 +174,11 @@ mod tests {
     fn reads_the_sizes() {
         let config = EncoderConfig::parse(base().to_string().as_bytes()).unwrap();
         assert_eq!((config.max_len(), config.first_position, config.head_dim()), (64, 2, 8));
-        assert_eq!((config.head, config.has_sigmoid), (Head::Score, true));
+        assert_eq!(config.labels.map(|labels| labels.names), Some(vec!["LABEL_0".to_owned()]));
         let mut bare = base();
-        bare["sentence_transformers"] = json!({"activation_fn": "torch.nn.modules.linear.Identity"});
-        assert!(!EncoderConfig::parse(bare.to_string().as_bytes()).unwrap().has_sigmoid);
         bare["architectures"] = json!(["BertModel"]);
         let config = EncoderConfig::parse(bare.to_string().as_bytes()).unwrap();
-        assert_eq!((config.max_len(), config.head), (66, Head::None));
+        assert_eq!((config.max_len(), config.labels), (66, None));
     }
 
     #[test]
@@ -210,8 +191,7 @@ mod tests {
             ("is_decoder", json!(true)),
             ("hidden_act", json!("silu")),
             ("layer_norm_eps", json!(-1)),
-            ("id2label", json!({"0": "a", "1": "b"})),
-            ("id2label", json!(null)),
+            ("id2label", json!({"0": "a", "2": "b"})),
             ("max_position_embeddings", json!(2)),
             ("type_vocab_size", json!(0)),
             ("sentence_transformers", json!({"activation_fn": "evil.Code"})),

@@ -14,7 +14,7 @@ use quire_kernels::ops::layer_norm::LayerNorm;
 use quire_kernels::ops::linear::{Epilogue, WeightShape};
 use quire_kernels::{Backend, DType, KernelError, WeightLayout};
 
-pub(crate) use config::{EncoderConfig, Family, Head, encoder_architecture};
+pub(crate) use config::{EncoderConfig, Family, encoder_architecture};
 
 use super::loader::{Loader, ModelSize, Projection, Role, WeightChoice};
 use crate::error::EngineError;
@@ -50,7 +50,7 @@ pub(crate) struct Encoder<B: Backend> {
     token_types: B::Buffer,
     norm: Norm<B>,
     layers: Vec<Layer<B>>,
-    head: Option<ScoreHead<B>>,
+    head: Option<ClassHead<B>>,
     buffers: Buffers<B>,
     size: ModelSize,
 }
@@ -69,8 +69,8 @@ struct Layer<B: Backend> {
     norm: Norm<B>,
 }
 
-/// What makes a score of a sequence's first hidden state: a hyperbolic tangent between two products.
-struct ScoreHead<B: Backend> {
+/// What makes a number for each label of a sequence's first hidden state: a hyperbolic tangent between two products.
+struct ClassHead<B: Backend> {
     dense: Projection<B>,
     out: Projection<B>,
 }
@@ -86,7 +86,7 @@ struct Buffers<B: Backend> {
     mlp: B::Buffer,
     first: B::Buffer,
     dense: B::Buffer,
-    scores: B::Buffer,
+    logits: B::Buffer,
 }
 
 /// What the names of a model's tensors begin with, those of its head left out.
@@ -96,9 +96,9 @@ fn base_of(config: &EncoderConfig, weights: &Weights) -> &'static str {
         Family::XlmRoberta => "roberta.",
     };
     // A model without a head is mostly saved without the prefix.
-    match config.head {
-        Head::None if !weights.contains(&format!("{base}{WORDS}")) => "",
-        Head::None | Head::Score => base,
+    match config.labels {
+        None if !weights.contains(&format!("{base}{WORDS}")) => "",
+        None | Some(_) => base,
     }
 }
 
@@ -129,17 +129,17 @@ impl<B: Backend> Encoder<B> {
             .map(|index| loader.encoder_layer(&config, &name(&format!("encoder.layer.{index}."))))
             .collect::<Result<_, _>>()?;
         let pooler = name("pooler.dense");
-        let head = match (config.head, config.family) {
-            (Head::None, _) => None,
-            (Head::Score, Family::Bert) => Some([pooler.clone(), "classifier".to_owned()]),
-            (Head::Score, Family::XlmRoberta) => Some(["classifier.dense", "classifier.out_proj"].map(str::to_owned)),
-        };
-        let head = match head {
+        let head = match &config.labels {
             None => None,
-            Some([dense, out]) => Some(ScoreHead {
-                dense: loader.projection(&[(dense, hidden)], hidden, WeightLayout::Stacked, true)?,
-                out: loader.projection(&[(out, 1)], hidden, WeightLayout::Stacked, true)?,
-            }),
+            Some(labels) => {
+                let [dense, out] = match config.family {
+                    Family::Bert => [pooler.clone(), "classifier".to_owned()],
+                    Family::XlmRoberta => ["classifier.dense", "classifier.out_proj"].map(str::to_owned),
+                };
+                let dense = loader.projection(&[(dense, hidden)], hidden, WeightLayout::Stacked, true)?;
+                let out = loader.projection(&[(out, labels.names.len())], hidden, WeightLayout::Stacked, true)?;
+                Some(ClassHead { dense, out })
+            }
         };
         let size = loader.finish();
         // Made for another task, and often there still.
@@ -170,7 +170,7 @@ impl<B: Backend> Encoder<B> {
         let weights =
             bytes(config.vocab_size, hidden, Role::Vocabulary) + config.num_layers as u64 * layer + tables as u64;
         let of_tokens = limits.num_tokens * (6 * hidden + intermediate);
-        let of_seqs = limits.num_seqs * (2 * hidden + 1);
+        let of_seqs = limits.num_seqs * (2 * hidden + config.num_labels());
         (weights, ((of_tokens + of_seqs) * DType::F32.size()) as u64)
     }
 
@@ -231,23 +231,23 @@ impl<B: Backend> Encoder<B> {
         Ok(())
     }
 
-    /// Scores of the sequences whose first tokens are at `firsts` (`U32`, `[num_seqs]`), `[num_seqs]`.
-    pub(crate) fn score(
+    /// Logits of the sequences whose first tokens are at `firsts` (`U32`, `[num_seqs]`), `[num_seqs, num_labels]`.
+    pub(crate) fn classify(
         &mut self,
         backend: &mut B,
         firsts: &B::Buffer,
         num_seqs: usize,
     ) -> Result<&B::Buffer, KernelError> {
         let Self { config, head, buffers, .. } = self;
-        let Buffers { hidden, first, dense, scores, .. } = buffers;
-        let head = head.as_ref().expect("a model of scores has a head");
+        let Buffers { hidden, first, dense, logits, .. } = buffers;
+        let head = head.as_ref().expect("a model with labels has a head");
         let dim = config.hidden_size;
         let (indices, num_rows) = (firsts, num_seqs);
         backend.gather_rows(GatherRows { x: hidden, dim, indices, indices_offset: 0, num_rows, out: first })?;
         head.dense.apply(backend, first, num_rows, Epilogue::Store, dense)?;
         backend.activation(Activation { kind: ActivationKind::Tanh, len: num_rows * dim, x: dense })?;
-        head.out.apply(backend, dense, num_rows, Epilogue::Store, scores)?;
-        Ok(scores)
+        head.out.apply(backend, dense, num_rows, Epilogue::Store, logits)?;
+        Ok(logits)
     }
 }
 
@@ -264,7 +264,7 @@ impl<B: Backend> Buffers<B> {
             mlp: alloc(num_tokens, config.intermediate_size)?,
             first: alloc(num_seqs, hidden)?,
             dense: alloc(num_seqs, hidden)?,
-            scores: alloc(num_seqs, 1)?,
+            logits: alloc(num_seqs, config.num_labels())?,
         })
     }
 }
