@@ -5,6 +5,7 @@
 
 mod chat;
 mod choice;
+mod classification;
 mod form;
 mod limits;
 mod plain;
@@ -27,6 +28,7 @@ use crate::grammar::OutputFormat;
 use crate::metrics::Endpoint;
 
 pub use chat::{CallHead, ChatInput, ChatMessage, Tool, ToolCall, ToolChoice};
+pub use classification::{Classified, ClassifyRequest};
 pub use limits::Limits;
 pub use pooling::{
     EmbedRequest, Embedded, PoolingRequest, PoolingText, PoolingTruncation, ScoreRequest, Scored, TextPair,

@@ -24,6 +24,10 @@ pub enum Task {
     Embed,
     /// How near two texts are: a reranker's score, or the cosine of an embedder's vectors.
     Score,
+    /// How likely each label is for a text.
+    Classify,
+    /// A vector or labels, whichever it is.
+    Pool,
 }
 
 /// What runs a model's requests.
@@ -44,9 +48,12 @@ pub struct Served {
 impl Served {
     fn does(&self, task: Task) -> bool {
         match (task, &self.runner) {
-            (Task::Any, _) | (Task::Generate, Runner::Generates(_)) | (Task::Score, Runner::Pools(_)) => true,
+            (Task::Any, _) | (Task::Generate, Runner::Generates(_)) => true,
             (Task::Embed, Runner::Pools(engine)) => engine.pooling().task == PoolingTask::Embed,
-            (Task::Generate, Runner::Pools(_)) | (Task::Embed | Task::Score, Runner::Generates(_)) => false,
+            (Task::Score, Runner::Pools(engine)) => engine.pooling().task != PoolingTask::Classify,
+            (Task::Classify, Runner::Pools(engine)) => !engine.pooling().labels.is_empty(),
+            (Task::Pool, Runner::Pools(_)) => self.does(Task::Embed) || self.does(Task::Classify),
+            (Task::Generate, Runner::Pools(_)) | (_, Runner::Generates(_)) => false,
         }
     }
 
@@ -122,6 +129,8 @@ fn none(task: Task) -> &'static str {
         Task::Any | Task::Generate => "is needed: no model of this server generates text",
         Task::Embed => "is needed: no model of this server makes embeddings",
         Task::Score => "is needed: no model of this server scores texts",
+        Task::Classify => "is needed: no model of this server classifies texts",
+        Task::Pool => "is needed: no model of this server makes embeddings or classifies texts",
     }
 }
 
@@ -130,6 +139,8 @@ fn other(task: Task) -> &'static str {
         Task::Any | Task::Generate => "names a model that does not generate text",
         Task::Embed => "names a model that does not make embeddings",
         Task::Score => "names a model that does not score texts",
+        Task::Classify => "names a model that does not classify texts: it has no classification head",
+        Task::Pool => "names a model that neither makes embeddings nor classifies texts",
     }
 }
 

@@ -295,6 +295,7 @@ fn say_what_is_served(source: &ModelSource, name: &str, engine: &Engine, elapsed
 fn say_what_is_pooled(pooling: &PoolingInfo) {
     match pooling.task {
         PoolingTask::Score => tracing::info!("answers with scores of pairs of texts"),
+        PoolingTask::Classify => tracing::info!("answers with {} labels of texts", pooling.labels.len()),
         PoolingTask::Embed => tracing::info!(
             "answers with vectors of {} numbers, {}",
             pooling.num_dimensions,

@@ -186,7 +186,7 @@ impl GenerationService {
         counted(done.await, metrics, |scored| scored.num_tokens)
     }
 
-    fn check_count(&self, param: &str, count: usize) -> Result<(), ApiError> {
+    pub(super) fn check_count(&self, param: &str, count: usize) -> Result<(), ApiError> {
         let limit = self.limits().max_pooling_texts;
         match count {
             0 => Err(invalid(param, "must not be empty")),
@@ -197,7 +197,7 @@ impl GenerationService {
 }
 
 /// Counts a request's tokens, or its failure.
-fn counted<T>(
+pub(super) fn counted<T>(
     done: Result<T, ApiError>,
     mut metrics: RequestMetrics,
     num_tokens: impl FnOnce(&T) -> u64,
@@ -214,7 +214,7 @@ fn counted<T>(
     }
 }
 
-fn num_tokens(inputs: &[PoolingInput]) -> u64 {
+pub(super) fn num_tokens(inputs: &[PoolingInput]) -> u64 {
     inputs.iter().map(|input| input.token_ids.len() as u64).sum()
 }
 
@@ -244,15 +244,15 @@ fn cosine(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// A request that was let in.
-struct Running {
-    service: GenerationService,
-    engine: PoolingHandle,
+pub(super) struct Running {
+    pub(super) service: GenerationService,
+    pub(super) engine: PoolingHandle,
     entered: Entered,
     deadline: Option<Instant>,
 }
 
 impl Running {
-    fn begin(service: &GenerationService, request: &PoolingRequest, task: Task) -> Result<Self, ApiError> {
+    pub(super) fn begin(service: &GenerationService, request: &PoolingRequest, task: Task) -> Result<Self, ApiError> {
         let entered = service.inflight().enter(&request.request_id)?;
         let service = service.select(request.model.as_deref(), task)?;
         let Runner::Pools(engine) = service.runner() else {
@@ -269,7 +269,7 @@ impl Running {
         Ok(Self { service, engine, entered, deadline })
     }
 
-    fn encoder(&self, truncation: PoolingTruncation, param: &'static str) -> Result<TextEncoder, ApiError> {
+    pub(super) fn encoder(&self, truncation: PoolingTruncation, param: &'static str) -> Result<TextEncoder, ApiError> {
         let max_len = self.engine.model().max_model_len as usize;
         let limit = match truncation {
             PoolingTruncation::No => None,
@@ -288,7 +288,7 @@ impl Running {
         Ok(TextEncoder { tokenizer, special_tokens, limit, max_len, param })
     }
 
-    async fn encode<T: Send + 'static>(
+    pub(super) async fn encode<T: Send + 'static>(
         &self,
         request_id: &str,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
@@ -299,7 +299,7 @@ impl Running {
     }
 
     /// The engine's answer, or why the request is ended before it.
-    async fn compute(
+    pub(super) async fn compute(
         &self,
         inputs: Vec<PoolingInput>,
         request_id: &str,
@@ -332,7 +332,7 @@ fn refusal(error: PoolingError, request_id: &str, param: &str) -> ApiError {
 }
 
 /// Texts to tokens, within the model's length.
-struct TextEncoder {
+pub(super) struct TextEncoder {
     tokenizer: Arc<TextTokenizer>,
     special_tokens: SpecialTokens,
     /// Longer texts are cut to it; `None` refuses them.
@@ -342,7 +342,7 @@ struct TextEncoder {
 }
 
 impl TextEncoder {
-    fn text(
+    pub(super) fn text(
         &self,
         text: PoolingText,
         prompt: Option<&str>,

@@ -41,6 +41,7 @@ impl PoolingFields {
         // Texts take turns: there is no order of their own to choose.
         fields.refuse_unless("priority", |raw| raw == "0")?;
         fields.refuse_unless("softmax", |raw| raw == "true")?;
+        fields.refuse_unless("padding", |raw| raw == "\"do_not_pad\"")?;
         fields.refuse(&["mm_processor_kwargs", "messages", "instruction"])?;
         let _ = (fields.raw("user"), fields.raw("cache_salt"));
         let request_id = fields.string("request_id")?;
@@ -69,33 +70,26 @@ pub(super) fn texts(raw: &RawValue, name: &str, limits: &Limits) -> Result<Vec<P
 
 /// How numbers are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Encoding {
+pub(super) enum Encoding {
     Float,
     /// Little-endian f32.
     Base64,
 }
 
-struct EmbeddingsBody {
-    common: PoolingFields,
-    inputs: Vec<PoolingText>,
-    encoding: Encoding,
-    dimensions: Option<u64>,
-    add_special_tokens: bool,
-    prompt_name: Option<String>,
+/// Texts, and what is wanted of their vectors.
+pub(super) struct TextsBody {
+    pub(super) common: PoolingFields,
+    pub(super) inputs: Vec<PoolingText>,
+    pub(super) encoding: Encoding,
+    pub(super) dimensions: Option<u64>,
+    pub(super) add_special_tokens: bool,
+    pub(super) prompt_name: Option<String>,
     /// Whether vectors must have length 1, where that is asked for.
-    normalize: Option<bool>,
-    ignored: Ignored,
+    pub(super) normalize: Option<bool>,
 }
 
-impl Body for EmbeddingsBody {
-    const TASK: Task = Task::Embed;
-
-    fn model(&self) -> Option<&str> {
-        self.common.model.as_deref()
-    }
-
-    fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
-        let mut fields = Fields::of_body(body)?;
+impl TextsBody {
+    pub(super) fn read(fields: &mut Fields<'_>, limits: &Limits) -> Result<Self, ApiError> {
         let Some(raw) = fields.raw("input") else { return Err(invalid("input", "is needed")) };
         let inputs = texts(raw, "input", limits)?;
         let encoding = match fields.string("encoding_format")?.as_deref() {
@@ -109,13 +103,32 @@ impl Body for EmbeddingsBody {
             Some(normalize) => Some(normalize),
             None => fields.bool("use_activation")?,
         };
-        let mut ignored = Ignored::default();
-        let common = PoolingFields::read(&mut fields)?;
+        let common = PoolingFields::read(fields)?;
         let dimensions = fields.count("dimensions")?;
         let add_special_tokens = fields.bool("add_special_tokens")?.unwrap_or(true);
         let prompt_name = fields.string("prompt_name")?;
+        Ok(Self { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, normalize })
+    }
+}
+
+struct EmbeddingsBody {
+    texts: TextsBody,
+    ignored: Ignored,
+}
+
+impl Body for EmbeddingsBody {
+    const TASK: Task = Task::Embed;
+
+    fn model(&self) -> Option<&str> {
+        self.texts.common.model.as_deref()
+    }
+
+    fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
+        let mut fields = Fields::of_body(body)?;
+        let texts = TextsBody::read(&mut fields, limits)?;
+        let mut ignored = Ignored::default();
         fields.note_ignored(&mut ignored);
-        Ok(Self { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, normalize, ignored })
+        Ok(Self { texts, ignored })
     }
 
     fn ignored(&self) -> &Ignored {
@@ -142,8 +155,8 @@ pub(super) async fn create(State(service): State<GenerationService>, request: Re
     }
     let Parsed { service, id, body, share } =
         receive::<EmbeddingsBody>(&service, Endpoint::Embeddings, request).await?;
-    let EmbeddingsBody { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, normalize, ignored } =
-        body;
+    let EmbeddingsBody { texts, ignored } = body;
+    let TextsBody { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, normalize } = texts;
     check_length(&service, normalize)?;
     let request = common.request(&id.0, Endpoint::Embeddings);
     let answer_id = format!("embd-{}", request.request_id);
@@ -164,7 +177,7 @@ pub(super) async fn create(State(service): State<GenerationService>, request: Re
 }
 
 /// Vectors have the length that the model's makers gave them; another is refused, not made up.
-fn check_length(service: &GenerationService, normalize: Option<bool>) -> Result<(), ApiError> {
+pub(super) fn check_length(service: &GenerationService, normalize: Option<bool>) -> Result<(), ApiError> {
     let crate::served_models::Runner::Pools(engine) = service.runner() else { return Ok(()) };
     match normalize {
         Some(normalize) if normalize != engine.pooling().is_normalized => {
@@ -191,13 +204,13 @@ impl PoolingUsage {
 
 #[derive(Serialize)]
 #[serde(untagged)]
-enum Numbers {
+pub(super) enum Numbers {
     Float(Vec<f32>),
     Base64(String),
 }
 
 impl Numbers {
-    fn of(vector: Vec<f32>, encoding: Encoding) -> Self {
+    pub(super) fn of(vector: Vec<f32>, encoding: Encoding) -> Self {
         match encoding {
             Encoding::Float => Self::Float(vector),
             Encoding::Base64 => Self::Base64(base64(&vector)),
@@ -206,7 +219,7 @@ impl Numbers {
 }
 
 /// Little-endian numbers in base64 (RFC 4648, sec. 4).
-fn base64(vector: &[f32]) -> String {
+pub(super) fn base64(vector: &[f32]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let bytes: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);

@@ -5,6 +5,7 @@
 
 mod answer;
 mod ask;
+mod cohere;
 mod embeddings;
 mod failure;
 mod fields;
@@ -16,6 +17,7 @@ mod messages;
 mod ollama;
 mod openai;
 mod openapi;
+mod pooling;
 mod receive;
 mod rerank;
 mod responses;

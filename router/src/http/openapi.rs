@@ -227,6 +227,28 @@ const SCORE: &[Field] = &[
     ("text_2", "string|array", "Texts; also documents"),
 ];
 
+const POOLING_TASK: &[Field] =
+    &[("task", "string", "embed or classify; must be what the model does, which it is by default")];
+
+const CLASSIFY: &[Field] = &[
+    ("input", "string|array", "A text, token ids, or a list of either"),
+    ("add_special_tokens", "boolean", "Whether the tokenizer adds its own"),
+];
+
+const COHERE_EMBED: &[Field] = &[
+    ("texts", "array", "Texts"),
+    ("model", "string", "The served model's name"),
+    (
+        "input_type",
+        "string",
+        "search_query, search_document, classification or clustering, where the model has a prompt for it",
+    ),
+    ("embedding_types", "array", "float (the default), binary, ubinary, base64"),
+    ("output_dimension", "integer", "The first so many numbers of each vector"),
+    ("truncate", "string", "END (the default) cuts longer texts, NONE refuses them"),
+    ("max_tokens", "integer", "Most tokens of a text"),
+];
+
 const OLLAMA_EMBED: &[Field] = &[
     ("model", "string", "The served model's name"),
     ("input", "string|array", "A text, or a list of texts"),
@@ -255,7 +277,7 @@ const fn post(
     Operation { method: "post", path, tag, about, num_required, fields, answers }
 }
 
-const OPERATIONS: [Operation; 39] = [
+const OPERATIONS: [Operation; 42] = [
     post("OpenAI", "/v1/chat/completions", "Answers a conversation", 1, &[CHAT, COMMON, SAMPLING], &[JSON, SSE]),
     post(
         "OpenAI",
@@ -275,6 +297,16 @@ const OPERATIONS: [Operation; 39] = [
     post("Texts", "/rerank", "The same as /v1/rerank", 2, &[RERANK, POOLING], &[JSON]),
     post("Texts", "/v1/score", "How near pairs of texts are", 0, &[SCORE, POOLING], &[JSON]),
     post("Texts", "/score", "The same as /v1/score", 0, &[SCORE, POOLING], &[JSON]),
+    post("Texts", "/v2/embed", "Cohere's: vectors of texts in several forms", 1, &[COHERE_EMBED], &[JSON]),
+    post(
+        "Texts",
+        "/pooling",
+        "Vectors of texts, or how likely labels are",
+        1,
+        &[EMBEDDINGS, POOLING_TASK, POOLING],
+        &[JSON],
+    ),
+    post("Texts", "/classify", "Labels of texts", 1, &[CLASSIFY, POOLING], &[JSON]),
     get("OpenAI", "/v1/models", "What is served", &[JSON]),
     get("OpenAI", "/v1/models/{*id}", "One model", &[JSON]),
     post(

@@ -29,6 +29,11 @@ pub(super) trait Body: Sized {
     /// What the route wants of the model.
     const TASK: Task = Task::Generate;
 
+    /// What this body wants of it.
+    fn task(&self) -> Task {
+        Self::TASK
+    }
+
     /// The model that it names.
     fn model(&self) -> Option<&str>;
 
@@ -61,7 +66,7 @@ pub(super) async fn receive<T: Body>(
         let strict = is_strict(request.headers(), limits)?;
         let Received { body, share } = read_json_body(request, service).await?;
         let mut body = T::parse(&body, limits)?;
-        let service = service.select(body.model(), T::TASK)?;
+        let service = service.select(body.model(), body.task())?;
         body.note_unread(service.model());
         match body.ignored().first() {
             Some(name) if strict => Err(invalid(name, "is not known, and the request is strict").into()),

@@ -5,7 +5,7 @@ use axum::handler::Handler;
 use axum::routing::{MethodRouter, delete, get, post};
 
 use super::responses::Responses;
-use super::{embeddings, infill, messages, ollama, openai, openapi, rerank, responses};
+use super::{cohere, embeddings, infill, messages, ollama, openai, openapi, pooling, rerank, responses};
 
 /// Routes with their methods, in the order of the table.
 pub(super) struct Routes {
@@ -47,6 +47,9 @@ pub(super) fn all() -> Routes {
         .post("/rerank", rerank::rerank)
         .post("/v1/score", rerank::score)
         .post("/score", rerank::score)
+        .post("/v2/embed", cohere::embed)
+        .post("/pooling", pooling::pooling)
+        .post("/classify", pooling::classify)
         .post("/v1/responses", responses::create)
         .get("/v1/responses/{id}", responses::get)
         .delete("/v1/responses/{id}", responses::delete)

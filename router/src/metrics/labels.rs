@@ -16,6 +16,9 @@ pub enum Endpoint {
     Embeddings,
     Rerank,
     Score,
+    Pooling,
+    Classify,
+    CohereEmbed,
     Tokenize,
     Detokenize,
     GrpcGenerate,
@@ -28,7 +31,7 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    pub(super) const ALL: [Self; 22] = [
+    pub(super) const ALL: [Self; 25] = [
         Self::Chat,
         Self::Completions,
         Self::FimCompletions,
@@ -42,6 +45,9 @@ impl Endpoint {
         Self::Embeddings,
         Self::Rerank,
         Self::Score,
+        Self::Pooling,
+        Self::Classify,
+        Self::CohereEmbed,
         Self::Tokenize,
         Self::Detokenize,
         Self::GrpcGenerate,
@@ -68,6 +74,9 @@ impl Endpoint {
             Self::Embeddings => "embeddings",
             Self::Rerank => "rerank",
             Self::Score => "score",
+            Self::Pooling => "pooling",
+            Self::Classify => "classify",
+            Self::CohereEmbed => "cohere_embed",
             Self::Tokenize => "tokenize",
             Self::Detokenize => "detokenize",
             Self::GrpcGenerate => "grpc_generate",

@@ -16,11 +16,11 @@ fn server(pooling: &[&str]) -> Server {
     Server::beside(FakeExecutor::new(VOCAB), pooling)
 }
 
-fn numbers(value: &Value) -> Vec<f64> {
+pub(crate) fn numbers(value: &Value) -> Vec<f64> {
     value.as_array().expect("a list").iter().map(|number| number.as_f64().expect("a number")).collect()
 }
 
-fn assert_near(found: &Value, expected: &Value, what: &str) {
+pub(crate) fn assert_near(found: &Value, expected: &Value, what: &str) {
     let (found, expected) = (numbers(found), numbers(expected));
     assert_eq!(found.len(), expected.len(), "{what}");
     for (found, expected) in found.iter().zip(&expected) {

@@ -13,6 +13,7 @@ mod hostile;
 mod kv_events;
 mod messages;
 mod ollama;
+mod pooling;
 mod refusals;
 mod responses;
 mod structured;
