@@ -10,6 +10,7 @@ mod form;
 mod limits;
 mod plain;
 mod pooling;
+mod render;
 mod running;
 mod service;
 mod text;
@@ -33,6 +34,7 @@ pub use limits::Limits;
 pub use pooling::{
     EmbedRequest, Embedded, PoolingRequest, PoolingText, PoolingTruncation, ScoreRequest, Scored, TextPair,
 };
+pub use render::Rendered;
 pub use running::Generation;
 pub use service::{GenerationService, ServiceParts};
 pub(crate) use text::{MAX_CALL_ID_BYTES, TOOL_NAME, is_tool_name};

@@ -332,7 +332,7 @@ impl GenerationService {
     }
 
     /// So many of a prompt's tokens, all of them known to the model.
-    fn fitted(&self, mut prompt: Vec<u32>, limit: Option<(usize, Keep)>) -> Result<Arc<[u32]>, ApiError> {
+    pub(super) fn fitted(&self, mut prompt: Vec<u32>, limit: Option<(usize, Keep)>) -> Result<Arc<[u32]>, ApiError> {
         match limit {
             Some((limit, Keep::First)) => prompt.truncate(limit),
             Some((limit, Keep::Last)) => drop(prompt.drain(..prompt.len().saturating_sub(limit))),
@@ -388,7 +388,7 @@ fn derive_cache_salt(
     CacheSalt(hash.finalize().into())
 }
 
-fn now_seconds() -> u64 {
+pub(super) fn now_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 

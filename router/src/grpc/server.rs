@@ -198,6 +198,21 @@ impl Quire for Handlers {
         Self::answered(answer.await, &id)
     }
 
+    async fn classify(
+        &self,
+        request: Request<wire::ClassifyRequest>,
+    ) -> Result<Response<wire::ClassifyResponse>, Status> {
+        // The extensions hold the body's share of memory until the answer is there.
+        let (metadata, _share, mut message) = request.into_parts();
+        let id = std::mem::take(&mut message.request_id);
+        let (id, service, deadline) = self.begin(&metadata, id)?;
+        let answer = async {
+            let request = pooling::classify_request(message, id.clone(), deadline)?;
+            Ok(pooling::classified(service.classify(request).await?))
+        };
+        Self::answered(answer.await, &id)
+    }
+
     async fn stats(&self, request: Request<wire::StatsRequest>) -> Result<Response<wire::StatsResponse>, Status> {
         let service = self.selected(&request.into_inner().model)?;
         Ok(Response::new(convert::stats(service.num_inflight(), &service.stats())))

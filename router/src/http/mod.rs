@@ -19,6 +19,7 @@ mod openai;
 mod openapi;
 mod pooling;
 mod receive;
+mod render;
 mod rerank;
 mod responses;
 mod routes;

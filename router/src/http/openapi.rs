@@ -277,7 +277,7 @@ const fn post(
     Operation { method: "post", path, tag, about, num_required, fields, answers }
 }
 
-const OPERATIONS: [Operation; 42] = [
+const OPERATIONS: [Operation; 44] = [
     post("OpenAI", "/v1/chat/completions", "Answers a conversation", 1, &[CHAT, COMMON, SAMPLING], &[JSON, SSE]),
     post(
         "OpenAI",
@@ -335,6 +335,22 @@ const OPERATIONS: [Operation; 42] = [
     get("Ollama", "/api/ps", "What is loaded", &[JSON]),
     get("Ollama", "/api/version", "The server's version", &[JSON]),
     post("Tokens", "/tokenize", "Tokens of a text or a conversation", 0, &[TOKENIZE], &[JSON]),
+    post(
+        "Tokens",
+        "/v1/chat/completions/render",
+        "What a conversation would be served as, in tokens",
+        1,
+        &[CHAT, COMMON, SAMPLING],
+        &[JSON],
+    ),
+    post(
+        "Tokens",
+        "/v1/completions/render",
+        "What prompts would be served as, in tokens",
+        1,
+        &[COMPLETIONS, COMMON, SAMPLING],
+        &[JSON],
+    ),
     post("Tokens", "/detokenize", "The text of tokens", 1, &[DETOKENIZE], &[JSON]),
     get("Tokens", "/tokenizer_info", "The tokenizer's configuration and the chat template", &[JSON]),
     get("Operations", "/load", "Requests in flight", &[JSON]),

@@ -5,7 +5,7 @@ use axum::handler::Handler;
 use axum::routing::{MethodRouter, delete, get, post};
 
 use super::responses::Responses;
-use super::{cohere, embeddings, infill, messages, ollama, openai, openapi, pooling, rerank, responses};
+use super::{cohere, embeddings, infill, messages, ollama, openai, openapi, pooling, render, rerank, responses};
 
 /// Routes with their methods, in the order of the table.
 pub(super) struct Routes {
@@ -41,6 +41,8 @@ pub(super) fn all() -> Routes {
     Routes { router: Router::new(), listed: Vec::new() }
         .post("/v1/chat/completions", openai::chat)
         .post("/v1/completions", openai::completions)
+        .post("/v1/chat/completions/render", render::chat)
+        .post("/v1/completions/render", render::completions)
         .post("/v1/embeddings", embeddings::create)
         .post("/v1/rerank", rerank::rerank)
         .post("/v2/rerank", rerank::rerank)

@@ -1,7 +1,9 @@
 //! `/pooling`, `/classify` and Cohere's `/v2/embed`: the numbers of transformers under other servers' names.
 
 use quire_engine::testing::FakeExecutor;
+use quire_proto::quire::v1 as wire;
 use serde_json::{Value, json};
+use tonic::Code;
 
 use crate::embeddings::{assert_near, numbers};
 use crate::harness::{Server, VOCAB, expected, with};
@@ -198,4 +200,38 @@ async fn cohere_s_form_has_the_same_vectors() {
     assert_eq!((refused.status.as_u16(), &refused.json()["error"]["code"]), (400, &json!("context_length_exceeded")));
     let cut: Value = json!({"model": "bert-mean", "texts": ["a b c d e f"], "max_tokens": 3});
     assert_eq!(server.post("/v2/embed", &cut).await.json()["meta"]["billed_units"]["input_tokens"], 3);
+}
+
+#[tokio::test]
+async fn over_grpc_the_same_labels_come_back() {
+    let server = server(&["bert-mean", "bert-classify"]);
+    let texts = expected("bert-classify");
+    let over_http = server.post("/classify", &json!({"input": texts["texts"]})).await.json();
+    let mut quire = server.quire();
+    let asked = wire::ClassifyRequest {
+        texts: texts["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect(),
+        request_id: "mine".into(),
+        ..Default::default()
+    };
+    let answer = quire.classify(asked.clone()).await.expect("answers");
+    assert_eq!(answer.metadata().get("quire-request-id").expect("an id"), "mine");
+    let answer = answer.into_inner();
+    assert_eq!((answer.model.as_str(), json!(answer.labels)), ("bert-classify", texts["labels"].clone()));
+    assert_eq!(json!(answer.prompt_tokens), over_http["usage"]["prompt_tokens"]);
+    for (found, entry) in answer.classifications.iter().zip(over_http["data"].as_array().unwrap()) {
+        let probs: Vec<f32> = numbers(&entry["probs"]).into_iter().map(|number| number as f32).collect();
+        assert_eq!((json!(found.label), &found.probabilities), (entry["label"].clone(), &probs));
+    }
+    let ids = texts["token_ids"][1].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+    let tokens = wire::ClassifyRequest { token_ids: vec![wire::TokenIds { ids }], ..Default::default() };
+    let of_tokens = quire.classify(tokens.clone()).await.expect("answers").into_inner();
+    assert_eq!(of_tokens.classifications, answer.classifications[1..2]);
+    for (refused, code) in [
+        (wire::ClassifyRequest { model: "none".into(), ..asked.clone() }, Code::NotFound),
+        (wire::ClassifyRequest { model: "bert-mean".into(), ..asked.clone() }, Code::InvalidArgument),
+        (wire::ClassifyRequest { texts: Vec::new(), ..asked.clone() }, Code::InvalidArgument),
+        (wire::ClassifyRequest { token_ids: tokens.token_ids, ..asked }, Code::InvalidArgument),
+    ] {
+        assert_eq!(quire.classify(refused).await.expect_err("refused").code(), code);
+    }
 }

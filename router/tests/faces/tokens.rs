@@ -4,7 +4,7 @@ use quire_engine::SchedulerSettings;
 use quire_router::generation::Limits;
 use serde_json::{Value, json};
 
-use crate::harness::{EOS, Server, VOCAB, demo_ids, saying};
+use crate::harness::{EOS, Server, VOCAB, chat, demo_ids, saying, with};
 
 #[tokio::test]
 async fn models_version_and_tokens() {
@@ -66,4 +66,55 @@ async fn a_final_message_is_continued() {
     let tokens = server.post("/tokenize", &open).await.json();
     let text = server.post("/detokenize", &json!({"tokens": tokens["tokens"]})).await.json();
     assert_eq!(text["prompt"], "<|im_start|>user\nGo<|im_end|>\n<|im_start|>assistant\nFirst");
+}
+
+/// What is rendered is what is served: the prompt that an answer's usage and token ids speak of.
+#[tokio::test]
+async fn a_request_is_rendered_as_it_would_be_served() {
+    let server = Server::saying("x");
+    let body = with(
+        chat("Hello you"),
+        json!({"temperature": 0.5, "seed": 3, "stop": ["\n"], "max_tokens": 7, "top_k": 4, "cache_salt": "s",
+            "return_token_ids": true, "request_id": "r-1"}),
+    );
+    let rendered = server.post("/v1/chat/completions/render", &body).await;
+    assert_eq!(rendered.status, 200, "{:?}", rendered.body);
+    let rendered = rendered.json();
+    let served = server.post("/v1/chat/completions", &body).await.json();
+    assert_eq!(rendered["token_ids"], served["prompt_token_ids"]);
+    assert!(rendered["token_ids"].as_array().is_some_and(|ids| !ids.is_empty()));
+    assert_eq!(
+        (&rendered["request_id"], &rendered["model"], &rendered["stream"]),
+        (&json!("r-1"), &json!("demo"), &json!(false))
+    );
+    assert_eq!((&rendered["cache_salt"], &rendered["priority"]), (&json!("s"), &json!(0)));
+    let params = json!({"temperature": 0.5, "seed": 3, "stop": ["\n"], "max_tokens": 7, "top_k": 4});
+    assert_eq!(rendered["sampling_params"], params);
+
+    let ids = demo_ids("Hello you");
+    let body = json!({"prompt": ["Hello you", "a fox"], "add_special_tokens": false, "truncate_prompt_tokens": 2});
+    let rendered = server.post("/v1/completions/render", &body).await.json();
+    assert_eq!(rendered.as_array().map(Vec::len), Some(2));
+    assert_eq!(rendered[0]["token_ids"], json!(ids[ids.len() - 2..]));
+    assert_eq!(rendered[0]["sampling_params"], json!({"max_tokens": 16}));
+    let of_tokens = server.post("/v1/completions/render", &json!({"prompt": ids})).await.json();
+    assert_eq!(of_tokens[0]["token_ids"], json!(ids));
+    assert_eq!(server.service.num_inflight(), 0);
+    for (path, body, param) in [
+        ("/v1/chat/completions/render", json!({}), "messages"),
+        ("/v1/chat/completions/render", with(chat("a"), json!({"temperature": 9})), "temperature"),
+        (
+            "/v1/chat/completions/render",
+            with(chat("a"), json!({"response_format": {"type": "json_object"}})),
+            "response_format",
+        ),
+        ("/v1/completions/render", json!({}), "prompt"),
+        ("/v1/completions/render", json!({"prompt": [VOCAB]}), "prompt"),
+        ("/v1/completions/render", json!({"prompt": "a", "beam": 1, "use_beam_search": true}), "use_beam_search"),
+    ] {
+        let answer = server.post(path, &body).await;
+        assert_eq!((answer.status.as_u16(), &answer.json()["error"]["param"]), (400, &json!(param)), "{path} {body}");
+    }
+    let long = server.post("/v1/completions/render", &json!({"prompt": "a ".repeat(9000)})).await;
+    assert_eq!((long.status.as_u16(), &long.json()["error"]["code"]), (400, &json!("context_length_exceeded")));
 }

@@ -7,7 +7,8 @@ use quire_proto::quire::v1 as wire;
 
 use crate::error::ApiError;
 use crate::generation::{
-    EmbedRequest, Embedded, PoolingRequest, PoolingText, PoolingTruncation, ScoreRequest, Scored, TextPair,
+    Classified, ClassifyRequest, EmbedRequest, Embedded, PoolingRequest, PoolingText, PoolingTruncation, ScoreRequest,
+    Scored, TextPair,
 };
 use crate::http::ranked;
 use crate::metrics::Endpoint;
@@ -32,6 +33,15 @@ fn request(
     Ok(PoolingRequest { request_id, endpoint, model, truncation, deadline })
 }
 
+/// Texts in one of two forms, and the name of its field.
+fn inputs(texts: Vec<String>, token_ids: Vec<wire::TokenIds>) -> Result<(Vec<PoolingText>, &'static str), ApiError> {
+    match (texts.is_empty(), token_ids.is_empty()) {
+        (false, false) => Err(invalid("token_ids", "and `texts` cannot be used together")),
+        (true, false) => Ok((token_ids.into_iter().map(|list| PoolingText::TokenIds(list.ids)).collect(), "token_ids")),
+        _ => Ok((texts.into_iter().map(PoolingText::Text).collect(), "texts")),
+    }
+}
+
 pub(in crate::grpc) fn embed_request(
     message: wire::EmbedRequest,
     id: String,
@@ -47,11 +57,7 @@ pub(in crate::grpc) fn embed_request(
         prompt_name,
         truncation,
     } = message;
-    let (inputs, param) = match (texts.is_empty(), token_ids.is_empty()) {
-        (false, false) => return Err(invalid("token_ids", "and `texts` cannot be used together")),
-        (true, false) => (token_ids.into_iter().map(|list| PoolingText::TokenIds(list.ids)).collect(), "token_ids"),
-        _ => (texts.into_iter().map(PoolingText::Text).collect(), "texts"),
-    };
+    let (inputs, param) = inputs(texts, token_ids)?;
     Ok(EmbedRequest {
         request: request(id, Endpoint::GrpcEmbed, model, truncation, deadline)?,
         inputs,
@@ -88,4 +94,32 @@ pub(in crate::grpc) fn reranked(scored: Scored, top_n: usize) -> wire::RerankRes
     let result = |index: usize| wire::RankedDocument { index: index as u32, relevance_score: scores[index] };
     let results = ranked(&scores, top_n).into_iter().map(result).collect();
     wire::RerankResponse { results, model, prompt_tokens: num_tokens }
+}
+
+pub(in crate::grpc) fn classify_request(
+    message: wire::ClassifyRequest,
+    id: String,
+    deadline: Option<Instant>,
+) -> Result<ClassifyRequest, ApiError> {
+    let wire::ClassifyRequest { request_id: _, model, texts, token_ids, add_special_tokens, truncation } = message;
+    let (inputs, param) = inputs(texts, token_ids)?;
+    Ok(ClassifyRequest {
+        request: request(id, Endpoint::GrpcClassify, model, truncation, deadline)?,
+        inputs,
+        param,
+        add_special_tokens: add_special_tokens.unwrap_or(true),
+    })
+}
+
+pub(in crate::grpc) fn classified(classified: Classified) -> wire::ClassifyResponse {
+    let classification = |probs: &Vec<f32>| wire::Classification {
+        label: classified.label(probs).unwrap_or_default().to_owned(),
+        probabilities: probs.clone(),
+    };
+    wire::ClassifyResponse {
+        classifications: classified.probs.iter().map(classification).collect(),
+        labels: classified.labels.to_vec(),
+        model: classified.model,
+        prompt_tokens: classified.num_tokens,
+    }
 }
