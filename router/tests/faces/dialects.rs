@@ -305,7 +305,7 @@ async fn any_value_in_any_field_of_any_dialect_is_answered_or_refused() {
 /// A described field is a known one: with nothing in it, no route says that it passed over it.
 #[tokio::test]
 async fn what_is_described_is_known() {
-    let server = Server::beside(saying(SAID), &["bert-mean"]);
+    let server = Server::beside(saying(SAID), &["bert-mean", "bert-classify"]);
     let described = server.get("/openapi.json").await.json();
     assert_eq!(described["openapi"], "3.1.0");
     let page = server.get("/docs").await;
@@ -316,9 +316,12 @@ async fn what_is_described_is_known() {
         let Some(properties) = schema["properties"].as_object() else { continue };
         let mut body = match path.as_str() {
             "/v1/messages" => json!({"max_tokens": 2, "messages": user("Hi")}),
-            "/v1/chat/completions" | "/v1/messages/count_tokens" | "/api/chat" => json!({"messages": user("Hi")}),
+            "/v1/chat/completions" | "/v1/chat/completions/render" | "/v1/messages/count_tokens" | "/api/chat" => {
+                json!({"messages": user("Hi")})
+            }
             "/v1/responses" => json!({"input": "Hi"}),
-            "/v1/embeddings" => json!({"input": "Hi"}),
+            "/v1/embeddings" | "/pooling" | "/classify" => json!({"input": "Hi"}),
+            "/v2/embed" => json!({"texts": ["Hi"]}),
             "/api/embed" => json!({"model": "bert-mean", "input": "Hi"}),
             "/rerank" | "/v1/rerank" | "/v2/rerank" => json!({"query": "Hi", "documents": ["Hi"]}),
             "/score" | "/v1/score" => json!({"text_1": "Hi", "text_2": "Hi"}),
