@@ -1,8 +1,9 @@
 //! `quire bench frontend`: what the faces can carry when the model takes no time.
 //!
 //! Server, callers and the idle model share this process and this machine, as they would share a small one; each has its own
-//! threads. The first figure is tokens a second with as many streams as asked for, the second the time that a first token
-//! takes with few streams at a model's pace: none of it is the model's.
+//! threads. The first figure is tokens a second with as many streams as asked for. The others are the time that a first token
+//! takes with few streams at a model's pace, none of which is the model's: for callers who come at any moment, and for
+//! callers who come when their stream before has ended, which is when the other streams' tokens of that step come too.
 
 mod client;
 mod worker;
@@ -36,6 +37,7 @@ use crate::worker::Worker;
 use client::{HttpCaller, Seen};
 use worker::{IdleWorker, Pace};
 
+use super::serve::Rng;
 use super::{BenchError, number, percentile, value, write_json};
 
 /// Streams of one gRPC connection.
@@ -77,22 +79,45 @@ struct Row {
     streams: u32,
     tokens_per_second: f64,
     tokens_per_read: f64,
+    /// Of callers who come at any moment.
     first_token_p50_ms: f64,
     first_token_p99_ms: f64,
+    /// Of callers who come at the end of a step.
+    step_end_first_token_p50_ms: f64,
+    step_end_first_token_p99_ms: f64,
+}
+
+/// When a place's next stream begins.
+#[derive(Clone, Copy)]
+enum Arrival {
+    AtOnce,
+    /// After a random part of a step.
+    AnyMoment,
+}
+
+impl Arrival {
+    async fn wait(self, number: u64) {
+        if let Self::AnyMoment = self {
+            tokio::time::sleep(LATENCY_STEP.mul_f64(Rng::new(number).unit())).await;
+        }
+    }
 }
 
 pub(super) fn run(options: &Options) -> Result<(), BenchError> {
     let rows = measure(options).map_err(BenchError::Failed)?;
-    println!("face  streams  tokens/s  tokens/read  first token p50  p99 (ms, {LATENCY_STREAMS} streams)");
+    println!("first tokens of {LATENCY_STREAMS} streams, ms:                  at any moment    at a step's end");
+    println!("face  streams  tokens/s  tokens/read  first token p50  p99          p50    p99");
     for row in &rows {
         println!(
-            "{:<4}  {:>7}  {:>8.0}  {:>11.1}  {:>15.2}  {:>3.2}",
+            "{:<4}  {:>7}  {:>8.0}  {:>11.1}  {:>15.2}  {:>3.2}  {:>11.2}  {:>5.2}",
             row.face,
             row.streams,
             row.tokens_per_second,
             row.tokens_per_read,
             row.first_token_p50_ms,
-            row.first_token_p99_ms
+            row.first_token_p99_ms,
+            row.step_end_first_token_p50_ms,
+            row.step_end_first_token_p99_ms
         );
     }
     write_json(&rows, options.json.as_deref())
@@ -109,13 +134,19 @@ fn measure(options: &Options) -> Result<Vec<Row>, String> {
     let mut rows = Vec::new();
     for face in [Face::Http, Face::Grpc] {
         let begun = Instant::now();
-        let seen = callers.block_on(face.load(&full, options.num_streams, options.num_tokens, 1))?;
+        let load = Load { num_streams: options.num_streams, num_tokens: options.num_tokens, num_rounds: 1 };
+        let seen = callers.block_on(face.load(&full, load, Arrival::AtOnce))?;
         let seconds = begun.elapsed().as_secs_f64();
         let num_tokens = f64::from(options.num_streams) * f64::from(options.num_tokens);
         let num_reads: u64 = seen.iter().map(|seen| seen.num_reads).sum();
-        let few = callers.block_on(face.load(&calm, LATENCY_STREAMS, LATENCY_TOKENS, options.num_rounds))?;
-        let mut first: Vec<f64> = few.iter().map(|seen| seen.first.as_secs_f64() * 1000.0).collect();
-        first.sort_unstable_by(f64::total_cmp);
+        let few = Load { num_streams: LATENCY_STREAMS, num_tokens: LATENCY_TOKENS, num_rounds: options.num_rounds };
+        let first_ms = |arrival| -> Result<Vec<f64>, String> {
+            let seen = callers.block_on(face.load(&calm, few, arrival))?;
+            let mut first: Vec<f64> = seen.iter().map(|seen| seen.first.as_secs_f64() * 1000.0).collect();
+            first.sort_unstable_by(f64::total_cmp);
+            Ok(first)
+        };
+        let (first, at_step_end) = (first_ms(Arrival::AnyMoment)?, first_ms(Arrival::AtOnce)?);
         rows.push(Row {
             face: face.name(),
             streams: options.num_streams,
@@ -123,9 +154,19 @@ fn measure(options: &Options) -> Result<Vec<Row>, String> {
             tokens_per_read: num_tokens / num_reads.max(1) as f64,
             first_token_p50_ms: percentile(&first, 50),
             first_token_p99_ms: percentile(&first, 99),
+            step_end_first_token_p50_ms: percentile(&at_step_end, 50),
+            step_end_first_token_p99_ms: percentile(&at_step_end, 99),
         });
     }
     Ok(rows)
+}
+
+/// So many streams at once, one after the other in each of their places.
+#[derive(Clone, Copy)]
+struct Load {
+    num_streams: u32,
+    num_tokens: u32,
+    num_rounds: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -142,14 +183,8 @@ impl Face {
         }
     }
 
-    /// Runs so many streams at once, one after the other in each of their places.
-    async fn load(
-        self,
-        front: &Front,
-        num_streams: u32,
-        num_tokens: u32,
-        num_rounds: u32,
-    ) -> Result<Vec<Seen>, String> {
+    async fn load(self, front: &Front, load: Load, arrival: Arrival) -> Result<Vec<Seen>, String> {
+        let Load { num_streams, num_tokens, num_rounds } = load;
         let mut places = Vec::new();
         let mut channel = None;
         // Where there are several rounds, streams of different lengths begin at different times, and the first round, in which
@@ -166,6 +201,7 @@ impl Face {
                     places.push(tokio::spawn(async move {
                         let mut seen = Vec::new();
                         for round in 0..num_rounds {
+                            arrival.wait(number(round)).await;
                             seen.push(caller.stream(number(round)).await?);
                         }
                         Ok::<_, String>(seen)
@@ -179,6 +215,7 @@ impl Face {
                     places.push(tokio::spawn(async move {
                         let mut seen = Vec::new();
                         for round in 0..num_rounds {
+                            arrival.wait(number(round)).await;
                             seen.push(client::grpc_stream(channel.clone(), num_tokens, number(round)).await?);
                         }
                         Ok(seen)

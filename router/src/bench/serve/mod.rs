@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use clap::{Arg, ArgGroup, ArgMatches};
 
 use self::client::{Client, Outcome, Target};
-use self::prompts::{Prompts, Rng};
+use self::prompts::Prompts;
+pub(super) use self::prompts::Rng;
 use self::report::Report;
 use super::{BenchError, number, value, write_json};
 

@@ -69,10 +69,10 @@ impl Prompts {
 }
 
 /// SplitMix64 (Steele, Lea and Flood 2014).
-pub(super) struct Rng(u64);
+pub(in crate::bench) struct Rng(u64);
 
 impl Rng {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(in crate::bench) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
@@ -93,7 +93,7 @@ impl Rng {
     }
 
     /// At least 0, below 1.
-    pub(super) fn unit(&mut self) -> f64 {
+    pub(in crate::bench) fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 }
