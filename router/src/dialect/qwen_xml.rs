@@ -39,15 +39,18 @@ impl Block for WholeBlock {
     }
 
     fn is_in_value(&mut self) -> bool {
+        let mut scanned = &self.text[self.looked_at..];
         loop {
             let mark = if self.in_value { PARAMETER_END } else { PARAMETER };
-            let Some(at) = self.text[self.looked_at..].find(mark) else { break };
-            self.looked_at += at + mark.len();
+            let Some(at) = scanned.find(mark) else { break };
+            scanned = &scanned[at + mark.len()..];
             self.in_value = !self.in_value;
         }
-        // The mark that comes next is part of neither.
+        // A call ends at the first mark of its end: behind it the end of the value was forgotten.
+        let is_broken = self.in_value && scanned.contains(FUNCTION_END);
+        // The mark that comes next is part of none of these.
         self.looked_at = self.text.len();
-        self.in_value
+        self.in_value && !is_broken
     }
 
     fn end(self, end: &str, content: &mut Content, parts: &mut Parts) {

@@ -171,6 +171,12 @@ fn cases() -> Vec<(ParserOptions, &'static str, Vec<Part>)> {
             vec![call("weather", json!({"city": "</tool_call>"}))],
         ),
         (
+            plain(T::Qwen3Coder),
+            "<tool_call><function=a><parameter=x>1</function></tool_call> t <tool_call><function=weather>\
+             <parameter=city>Paris</parameter></function></tool_call>",
+            vec![content("<tool_call><function=a><parameter=x>1</function></tool_call> t"), paris()],
+        ),
+        (
             plain(T::DeepseekV3),
             "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{\"city\": \"<｜tool▁calls▁end｜>\"}\
              <｜tool▁call▁end｜><｜tool▁calls▁end｜>",
