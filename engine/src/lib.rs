@@ -1,7 +1,7 @@
 //! Runs models: one step loop over scheduler and kernels, and a handle to submit requests to it.
 //!
 //! [`start`] loads a model and gives an [`EngineHandle`]; [`EngineHandle::submit`] gives a [`TokenStream`] per request.
-//! Models that answer with vectors or scores have a smaller engine of their own: [`pooling`].
+//! Models that answer with vectors, scores or labels have a smaller engine of their own: [`pooling`].
 //! Between the two borders one thread owns all state:
 //!
 //! ```text

@@ -226,15 +226,19 @@ impl Masks {
                     }
                 };
             }
+            let mut late = Vec::new();
             for Job { row, entry, work } in queues.done.drain(..) {
                 if let Some(place) = &mut self.rows[row]
                     && self.entries[row] == entry
                 {
                     place.work = Some(work);
                 } else {
-                    work.keep_place();
+                    late.push(work);
                 }
             }
+            // Not under the lock: a place may be the last of its automaton.
+            drop(queues);
+            late.into_iter().for_each(|work| work.keep_place());
         }
     }
 

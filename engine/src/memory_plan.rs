@@ -9,7 +9,7 @@ use crate::kv_cache::{Budget, KvPlan, wanted_model_len};
 use crate::memory;
 use crate::model_executor::{dtype, kv_dtype};
 use crate::model_files::ModelFiles;
-use crate::models::decoder::{Decoder, EMBEDDING};
+use crate::models::decoder::{Decoder, EMBEDDING, Output};
 use crate::models::loader::WeightChoice;
 use crate::opened_model::OpenedModel;
 
@@ -65,7 +65,7 @@ fn of_generator(
     };
     let cache = KvPlan::new(&config, kv_dtype(engine.kv_dtype, dtype), settings, budget)?;
     let choice = WeightChoice { dtype, quantize: engine.quantize };
-    let weight_bytes = Decoder::expected_weight_bytes(backend, &config, weights, choice);
+    let weight_bytes = Decoder::expected_weight_bytes(backend, &config, weights, choice, Output::Logits);
     let logits = (backend.logits_tile() * config.vocab_size * DType::F32.size()) as u64;
     let buffers = Decoder::<CpuBackend>::expected_buffer_bytes(&config, settings.max_num_batched_tokens as usize);
     Ok(MemoryNeed { weight_bytes, cache_bytes: cache.total_bytes(), working_bytes: buffers + logits })

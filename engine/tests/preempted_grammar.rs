@@ -79,7 +79,6 @@ async fn a_preempted_choice_is_not_told_its_tokens_again() {
     assert_eq!((expected.len(), none), (NUM_REQUESTS as usize, 0));
     for pipeline_depth in [0, 1] {
         let (said, num_told, num_preemptions) = run(13, pipeline_depth).await;
-        println!("{num_preemptions} preemptions");
         assert!(num_preemptions > 0, "{num_preemptions} preemptions: what was to be shown was not tried");
         assert_eq!(said, expected, "depth {pipeline_depth}");
         let num_tokens: usize = said.iter().map(Vec::len).sum();

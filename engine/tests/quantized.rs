@@ -253,7 +253,6 @@ fn memory_is_planned_by_what_the_files_hold() {
         let OpenedModel::Generates(files) = opened else { panic!("{name} generates") };
         let handle = start_beside(files, &engine, &settings, Box::new(Recorder::default()), 0).unwrap();
         let taken = handle.model().weight_bytes;
-        println!("{name}: {} bytes planned, {taken} taken", need.weight_bytes);
         let is_near = need.weight_bytes <= taken + taken / 10 && need.weight_bytes >= taken - taken / 10;
         assert!(is_near, "{name}: {} bytes for {taken}", need.weight_bytes);
         let as_bf16 = *as_bf16.get_or_insert(need.weight_bytes);

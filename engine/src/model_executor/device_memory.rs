@@ -5,7 +5,7 @@ use quire_kernels::{Backend, DeviceMemory};
 use crate::error::EngineError;
 use crate::handle::DeviceMemoryUse;
 use crate::models::config::ModelConfig;
-use crate::models::decoder::Decoder;
+use crate::models::decoder::{Decoder, Output};
 use crate::models::loader::WeightChoice;
 use crate::weights::Weights;
 
@@ -22,7 +22,7 @@ pub(super) fn check_weights<B: Backend>(
     choice: WeightChoice,
 ) -> Result<(), EngineError> {
     let Some(memory) = backend.memory()? else { return Ok(()) };
-    let weights = Decoder::expected_weight_bytes(backend, config, weights, choice);
+    let weights = Decoder::expected_weight_bytes(backend, config, weights, choice, Output::Logits);
     match weights > memory.available_bytes {
         true => Err(does_not_fit(&format!("its weights take {}", gibibytes(weights)), memory)),
         false => Ok(()),

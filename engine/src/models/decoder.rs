@@ -124,12 +124,13 @@ impl<B: Backend> Decoder<B> {
         Ok(Self { config, embedding, lm_head, layers, final_norm, buffers, size })
     }
 
-    /// Bytes on the device of all matrices, by what the files hold of each.
+    /// Bytes on the device of the matrices that [`Decoder::load`] takes, by what the files hold of each.
     pub(crate) fn expected_weight_bytes(
         backend: &B,
         config: &ModelConfig,
         weights: &Weights,
         choice: WeightChoice,
+        output: Output,
     ) -> u64 {
         let vocabulary = |name: &str| {
             let tensor = [(name.to_owned(), config.vocab_size)];
@@ -140,12 +141,13 @@ impl<B: Backend> Decoder<B> {
             let tensors: Vec<_> = modules.into_iter().map(|(name, rows)| (format!("{name}.weight"), rows)).collect();
             expected_bytes(backend, weights, choice, Role::Projection, &tensors, (in_features, layout))
         };
-        let output = if config.tie_word_embeddings { 0 } else { vocabulary(LM_HEAD) };
+        let has_output = output == Output::Logits || weights.contains(LM_HEAD);
+        let lm_head = if config.tie_word_embeddings || !has_output { 0 } else { vocabulary(LM_HEAD) };
         let layers = (0..config.num_layers).flat_map(|index| {
             let Matrices { qkv, o, gate_up, down } = Matrices::of_layer(config, index);
             [qkv, o, gate_up, down]
         });
-        vocabulary(EMBEDDING) + output + layers.map(projection).sum::<u64>()
+        vocabulary(EMBEDDING) + lm_head + layers.map(projection).sum::<u64>()
     }
 
     /// Bytes of the buffers of steps of at most `max_num_tokens`, those of logits left out.

@@ -17,7 +17,7 @@ use crate::models::config::{ModelConfig, unsupported};
 use crate::models::decoder::{Decoder, EMBEDDING, Output, StepInputs};
 use crate::models::encoder::BatchLimits;
 use crate::models::labels::{Activation, Labels};
-use crate::models::loader::{Loader, ModelSize, Projection, WeightChoice};
+use crate::models::loader::{Loader, ModelSize, Projection, Role, WeightChoice, expected_bytes as matrix_bytes};
 use crate::weights::Weights;
 
 /// The module of a classification head.
@@ -67,6 +67,33 @@ impl Wanted {
             Some(labels) => Ok((Self::Labels(labels), Spec::bare())),
             None => Ok((Self::Vector, Spec::read(plan.source, Pooling::Last)?)),
         }
+    }
+
+    fn output(&self) -> Output {
+        if let Self::Judged(_) = self { Output::Logits } else { Output::Hidden }
+    }
+
+    /// Bytes of all matrices, and of the buffers of a batch of at most `num_tokens`.
+    fn expected_bytes<B: Backend>(
+        &self,
+        backend: &B,
+        config: &ModelConfig,
+        weights: &Weights,
+        choice: WeightChoice,
+        num_tokens: usize,
+    ) -> (u64, u64) {
+        let (head, num_logits) = match self {
+            Self::Vector => (0, 0),
+            Self::Judged(_) => (0, config.vocab_size),
+            Self::Labels(Labels { names, .. }) => {
+                let module = [(format!("{HEAD}.weight"), names.len())];
+                let shape = (config.hidden_size, WeightLayout::Stacked);
+                (matrix_bytes(backend, weights, choice, Role::Projection, &module, shape), names.len())
+            }
+        };
+        let matrices = Decoder::expected_weight_bytes(backend, config, weights, choice, self.output());
+        let logits = (backend.logits_tile() * num_logits * DType::F32.size()) as u64;
+        (matrices + head, Decoder::<B>::expected_buffer_bytes(config, num_tokens) + logits)
     }
 }
 
@@ -139,12 +166,12 @@ pub(super) fn expected_bytes<B: Backend>(
     plan: &Plan<'_>,
 ) -> Result<(u64, u64), EngineError> {
     let ModelFiles { config, weights, .. } = files;
-    let (_, spec) = Wanted::read(plan)?;
+    let (wanted, spec) = Wanted::read(plan)?;
     let dtype = dtype(plan.engine.dtype, weights.dtype_of(EMBEDDING).or(config.dtype));
     let choice = WeightChoice { dtype, quantize: plan.engine.quantize };
     let sizes = Sizes::of(config, dtype, plan, &spec)?;
-    let weights = Decoder::expected_weight_bytes(backend, config, weights, choice);
-    Ok((weights, sizes.kv_bytes() + Decoder::<B>::expected_buffer_bytes(config, sizes.limits.num_tokens)))
+    let (weight_bytes, buffer_bytes) = wanted.expected_bytes(backend, config, weights, choice, sizes.limits.num_tokens);
+    Ok((weight_bytes, sizes.kv_bytes() + buffer_bytes))
 }
 
 impl<B: Backend> DecoderPooler<B> {
@@ -159,17 +186,13 @@ impl<B: Backend> DecoderPooler<B> {
         config.drop_long_windows(plan.max_len(config.rope.max_len as usize, &spec) as u32);
         let Sizes { max_len, limits, layouts, kv_dtype } = Sizes::of(&config, dtype, plan, &spec)?;
         let kv_bytes: u64 = layouts.iter().map(|layout| layout.total_bytes() as u64).sum();
-        let weight_bytes = Decoder::expected_weight_bytes(&backend, &config, &weights, choice);
-        let mut buffers = Decoder::<B>::expected_buffer_bytes(&config, limits.num_tokens);
-        if let Wanted::Judged(_) = wanted {
-            buffers += (backend.logits_tile() * config.vocab_size * DType::F32.size()) as u64;
-        }
+        let (weight_bytes, buffers) = wanted.expected_bytes(&backend, &config, &weights, choice, limits.num_tokens);
         plan.check_fits("weights, the cache and the buffers of a batch", weight_bytes + kv_bytes + buffers)?;
         let windows = config.kv_groups();
-        let output = if let Wanted::Judged(_) = wanted { Output::Logits } else { Output::Hidden };
         // First, so that the decoder finds its head's weights read.
         let (answer, head_size) = Answer::load(&mut backend, &config, &weights, choice, &wanted)?;
-        let decoder = Decoder::load(&mut backend, config, &weights, choice, limits.num_tokens, &windows, output)?;
+        let decoder =
+            Decoder::load(&mut backend, config, &weights, choice, limits.num_tokens, &windows, wanted.output())?;
         let (config, size) = (decoder.config(), decoder.size());
         let block_size = plan.settings.block_size as usize;
         let max_num_blocks = max_len.div_ceil(block_size);

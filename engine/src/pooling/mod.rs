@@ -1,4 +1,5 @@
-//! Models that answer with a vector or a score of a text: encoders, and decoders that were trained as embedders or rerankers.
+//! Models that answer with a vector, a score or labels of a text: encoders, and decoders that were trained as embedders,
+//! rerankers or classifiers.
 //!
 //! One thread, as in generation, but without a scheduler: a text is computed once and gone. Waiting requests take turns, a
 //! text each, until a batch is full; encoders compute whole texts, decoders long ones in chunks. What comes out of a text
@@ -38,7 +39,7 @@ use spec::Spec;
 pub enum ModelKind {
     /// Generates tokens: [`crate::start`].
     Generates,
-    /// Answers with a vector or a score: [`start`].
+    /// Answers with a vector, a score or labels: [`start`].
     Pools,
 }
 
@@ -57,7 +58,7 @@ pub fn kind_of(source: &ModelSource) -> Result<ModelKind, EngineError> {
     Ok(if pools { ModelKind::Pools } else { ModelKind::Generates })
 }
 
-/// Computes vectors or scores of texts.
+/// Computes vectors, scores or labels of texts.
 pub(crate) trait Pooler: Send + 'static {
     /// Of each text, in order: a vector, a score alone, or a number for each label. The texts fit the limits that the batch loop was given.
     fn compute(&mut self, batch: &[&PoolingInput]) -> Result<Vec<Vec<f32>>, EngineError>;
