@@ -195,22 +195,18 @@ fn a_row_has_the_same_bits_in_large_batches() {
     let mut rng = Rng::new(8);
     for mut backend in cpu_backends(&[1, 3]) {
         for format in FORMATS {
-            let matrix = [Matrix::random(&mut rng, file_format(format), 66, 1100)];
-            let weight = backend.pack_weight(&stacked(&matrix, format)).expect("a good source");
-            let row = rng.outliers(1100);
-            let alone = run(&mut backend, &weight, &row, 1, None, Epilogue::Store, &[0.0; 66]);
-            for num_rows in [192, 193, 513, 1025, 2100] {
-                let out = run(
-                    &mut backend,
-                    &weight,
-                    &row.repeat(num_rows),
-                    num_rows,
-                    None,
-                    Epilogue::Store,
-                    &vec![0.0; num_rows * 66],
-                );
-                for out in out.chunks_exact(66) {
-                    assert_same_bits(out, &alone);
+            // Wide matrices are walked in groups of panels, deep ones in stretches.
+            for (outputs, features, rows) in [(66, 1100, &[192, 193, 513, 1025, 2100][..]), (300, 2100, &[193, 513])] {
+                let matrix = [Matrix::random(&mut rng, file_format(format), outputs, features)];
+                let weight = backend.pack_weight(&stacked(&matrix, format)).expect("a good source");
+                let row = rng.outliers(features);
+                let alone = run(&mut backend, &weight, &row, 1, None, Epilogue::Store, &vec![0.0; outputs]);
+                for &num_rows in rows {
+                    let (x, out) = (row.repeat(num_rows), vec![0.0; num_rows * outputs]);
+                    let out = run(&mut backend, &weight, &x, num_rows, None, Epilogue::Store, &out);
+                    for out in out.chunks_exact(outputs) {
+                        assert_same_bits(out, &alone);
+                    }
                 }
             }
         }

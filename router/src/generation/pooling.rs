@@ -1,4 +1,4 @@
-//! Vectors and scores of texts: from what a request holds to numbers, for every face.
+//! Vectors, scores and labels of texts: from what a request holds to numbers, for every face.
 
 use std::sync::Arc;
 use std::task::Poll;

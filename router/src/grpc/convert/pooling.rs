@@ -1,4 +1,4 @@
-//! Vectors and scores, between our contract's messages and the service's types.
+//! Vectors, scores and labels, between our contract's messages and the service's types.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -332,7 +332,7 @@ impl Product {
 /// instructions that take them. `to` holds anything until all is done.
 ///
 /// # Safety
-/// The thread holds `Tiles`, and all lies where `product` and `weights` say.
+/// The thread holds `Tiles` of depth [`TILE_ROWS`], and all lies where `product` and `weights` say.
 #[inline(always)]
 unsafe fn multiply<const R: usize>(product: &Product, mut weights: impl FnMut(usize) -> *const u8) {
     let Product { mut activations, stride, num_tiles, from, to } = *product;

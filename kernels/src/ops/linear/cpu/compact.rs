@@ -21,7 +21,7 @@
 //! Tiles (AMX) take whole blocks of numbers from memory, so exceptions are put into their places when a block is unpacked, and are
 //! products like the others. Numbers then have the exponent [`TILE_EXPONENT`] plus their code, which leaves room on both sides for those
 //! that a window does not hold. It is set by the instruction that takes the number from its word; a zero, which has no code of its own
-//! then, is an exception too, or told apart by two more instructions in panels with many.
+//! then, is an exception too, or told apart by two more instructions in panels with many. No activation is scaled for tiles.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -263,7 +263,7 @@ impl Window {
 
     /// Puts pairs of numbers, one for each of 16 lanes (of `width`) from `first_lane` on, into a step that is zero there.
     /// `first_feature` is the first of a pair, and `step_features` are those of a step. Numbers outside the window become
-    /// exceptions, and so do zeros where they are `exceptional`, which are held all the same.
+    /// exceptions, and so do zeros with `zeros_are_exceptional`, which are held all the same.
     #[inline(always)]
     pub(super) fn put(
         self,

@@ -111,11 +111,11 @@ impl Vectorized for PackPanel<'_> {
             WeightFormat::Grouped(grouping) => grouped::code_bytes(isa, grouping),
             _ => kernel.step_bytes,
         };
-        // Words of a lane in a step, and of a block.
         #[cfg(target_arch = "x86_64")]
         let for_tiles = kernel.tiled.is_some();
         #[cfg(not(target_arch = "x86_64"))]
         let for_tiles = false;
+        // Words of a lane in a step, and of a block.
         let step_words = if kernel.is_compact { kernel.features_per_step / 2 } else { code_bytes / (width * 4) };
         let block_words = PACK_BLOCK / kernel.features_per_step * step_words;
         let mut stage = Stage { words: [[0; STAGE_WORDS]; LANES], numbers: [0.0; PACK_BLOCK] };
