@@ -102,4 +102,9 @@ impl ChatInput {
     pub(crate) fn offered_tools(&self) -> &[Tool] {
         if self.tool_choice == ToolChoice::None { &[] } else { &self.tools }
     }
+
+    /// Whether the answer must be calls of tools.
+    pub(crate) fn must_call(&self) -> bool {
+        matches!(self.tool_choice, ToolChoice::Required | ToolChoice::Named(_)) && !self.tools.is_empty()
+    }
 }

@@ -15,6 +15,7 @@ use super::{ChatInput, Limits, RequestedFormat, Tool, ToolChoice};
 pub(super) struct ChatRules {
     tools: Arc<[Tool]>,
     choice: ToolChoice,
+    must_call: bool,
     parallel: bool,
     include_reasoning: bool,
     thinks: bool,
@@ -25,6 +26,7 @@ impl ChatRules {
         Self {
             tools: chat.offered_tools().into(),
             choice: chat.tool_choice.clone(),
+            must_call: chat.must_call(),
             parallel: chat.parallel_tool_calls,
             include_reasoning: chat.include_reasoning,
             thinks: chat.enable_thinking != Some(false),
@@ -59,9 +61,8 @@ pub(super) fn grammar_of(
             None => Ok(None),
         };
     };
-    let must_call = matches!(chat.choice, ToolChoice::Required | ToolChoice::Named(_)) && !chat.tools.is_empty();
     let param = match format {
-        _ if must_call => "tools",
+        _ if chat.must_call => "tools",
         Some(format) => format.param,
         None => return Ok(None),
     };
@@ -75,7 +76,7 @@ pub(super) fn grammar_of(
     };
     let calls = (!tools.is_empty()).then_some(CallRules { tools, parallel: chat.parallel });
     // An answer that must be calls has no other form.
-    let format = format.filter(|_| !must_call).map(|requested| &requested.format);
+    let format = format.filter(|_| !chat.must_call).map(|requested| &requested.format);
     let thinking = match (model.dialects().reasoning, thought) {
         (Some(ReasoningDialect::Think), Thought::Open) => Thinking::Open,
         (Some(ReasoningDialect::Think), Thought::None) if chat.thinks => Thinking::Optional,

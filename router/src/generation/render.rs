@@ -7,7 +7,7 @@ use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::random::request_id;
 
 use super::service::{GenerationService, now_seconds};
-use super::text::{TextWork, check_input};
+use super::text::TextWork;
 use super::validate::{self, invalid};
 use super::{GenerationParams, Input};
 
@@ -20,7 +20,8 @@ pub struct Rendered {
 }
 
 impl GenerationService {
-    /// The tokens that `input` would be served as with `params`, which are checked as [`Self::generate`] checks them.
+    /// The tokens that `input` would be served as with `params`, which are checked as [`Self::generate`] checks them before
+    /// the engine sees them. What makes a grammar is refused: forms of answers, and calls that must be made.
     pub async fn render(&self, input: Input, params: GenerationParams) -> Result<Rendered, ApiError> {
         let metrics = RequestMetrics::start(Endpoint::Render);
         let rendered = self.render_as(input, params).await;
@@ -35,10 +36,23 @@ impl GenerationService {
         if let Some(format) = &params.format {
             return Err(invalid(format.param, "cannot be rendered: it is no part of the prompt"));
         }
-        let checked = validate::check(params, model.defaults(), limits, model.info())?;
-        let num_bytes = check_input(&input, model, limits)?;
+        if let Input::Chat(chat) = &input
+            && chat.must_call()
+        {
+            let must = "cannot be rendered where it asks for a call: that is no part of the prompt";
+            return Err(invalid("tool_choice", must));
+        }
+        let (mut checked, num_bytes) = self.check(&input, params)?;
+        let bad_words = std::mem::take(&mut checked.bad_words);
+        let vocab_size = model.info().vocab_size;
         let work = TextWork::new(model, limits, now_seconds(), None);
-        let token_ids = self.pool().run(&id, num_bytes, move || Ok(work.encode(input)?.ids)).await?;
+        let encode = move || {
+            let token_ids = work.encode(input)?.ids;
+            // They are answered as the words that they are: only a refusal of them matters.
+            work.encode_bad_words(&bad_words, vocab_size)?;
+            Ok(token_ids)
+        };
+        let token_ids = self.pool().run(&id, num_bytes, encode).await?;
         let token_ids = self.fitted(token_ids, checked.truncation)?;
         let max_tokens = validate::output_len(token_ids.len(), &checked, model.info())?;
         Ok(Rendered { token_ids, max_tokens })

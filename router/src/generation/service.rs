@@ -24,8 +24,8 @@ use super::choice::{Choice, ChoiceRules};
 use super::form::{ChatRules, grammar_of};
 use super::running::{Generation, Started};
 use super::text::{Encoded, TextPool, TextWork, Thought, check_input};
-use super::validate::{self, invalid};
-use super::{GenerationRequest, Input, Keep, Limits, Resume};
+use super::validate::{self, Checked, invalid};
+use super::{GenerationParams, GenerationRequest, Input, Keep, Limits, Resume};
 
 /// What a [`GenerationService`] is made of.
 pub struct ServiceParts {
@@ -102,20 +102,14 @@ impl GenerationService {
         let ignore_eos = params.ignore_eos;
         let resume = params.resume.clone();
         let format = params.format.take();
-        let mut checked = validate::check(params, model.defaults(), limits, model.info())?;
-        let num_bytes = check_input(&input, model, limits)?;
+        let (mut checked, num_bytes) = self.check(&input, params)?;
         let mut eos_token_ids = if ignore_eos { Vec::new() } else { model.info().eos_token_ids.clone() };
-        if matches!(input, Input::Fim(_)) {
-            if checked.truncation.is_some() {
-                return Err(invalid("truncate_prompt_tokens", "cannot be used for fill-in-the-middle"));
-            }
-            if !ignore_eos {
-                let ends = model.fim().map(FimTokens::ends).unwrap_or_default();
-                eos_token_ids.extend(ends);
-                checked.stop_token_ids.extend(ends);
-                checked.stop_token_ids.sort_unstable();
-                checked.stop_token_ids.dedup();
-            }
+        if matches!(input, Input::Fim(_)) && !ignore_eos {
+            let ends = model.fim().map(FimTokens::ends).unwrap_or_default();
+            eos_token_ids.extend(ends);
+            checked.stop_token_ids.extend(ends);
+            checked.stop_token_ids.sort_unstable();
+            checked.stop_token_ids.dedup();
         }
 
         let created = now_seconds();
@@ -132,7 +126,6 @@ impl GenerationService {
                 let work = TextWork::new(model, limits, created, Some(cache_salt));
                 let bad_words = std::mem::take(&mut checked.bad_words);
                 let vocab_size = model.info().vocab_size;
-                let num_bytes = num_bytes + bad_words.iter().map(String::len).sum::<usize>();
                 let encode = pool.run(&request_id, num_bytes, move || {
                     Ok((work.encode(input)?, work.encode_bad_words(&bad_words, vocab_size)?))
                 });
@@ -193,6 +186,18 @@ impl GenerationService {
         }
         let source = worker.submit(submission).await.map_err(submit_error)?;
         Ok(Started { request_id, seed, prompt, created, source, entered, rules, choices, events })
+    }
+
+    /// Checks what can be checked before the prompt is tokens, and counts the bytes of text that are to be encoded.
+    pub(super) fn check(&self, input: &Input, params: GenerationParams) -> Result<(Checked, usize), ApiError> {
+        let (model, limits) = (self.model(), self.limits());
+        let checked = validate::check(params, model.defaults(), limits, model.info())?;
+        let num_bytes = check_input(input, model, limits)?;
+        if matches!(input, Input::Fim(_)) && checked.truncation.is_some() {
+            return Err(invalid("truncate_prompt_tokens", "cannot be used for fill-in-the-middle"));
+        }
+        let num_bytes = num_bytes + checked.bad_words.iter().map(String::len).sum::<usize>();
+        Ok((checked, num_bytes))
     }
 
     /// The tokens that `input` would be served as.

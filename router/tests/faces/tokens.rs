@@ -100,6 +100,19 @@ async fn a_request_is_rendered_as_it_would_be_served() {
     let of_tokens = server.post("/v1/completions/render", &json!({"prompt": ids})).await.json();
     assert_eq!(of_tokens[0]["token_ids"], json!(ids));
     assert_eq!(server.service.num_inflight(), 0);
+    // Tools that may be called are in the prompt; that they must be is not.
+    let calling = |choice: Value| {
+        let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+        with(chat("a"), json!({"tools": tools, "tool_choice": choice}))
+    };
+    for choice in ["auto", "none"] {
+        let rendered = server.post("/v1/chat/completions/render", &calling(json!(choice))).await;
+        assert_eq!(rendered.status, 200, "{choice}: {:?}", rendered.body);
+    }
+    let gap = json!({"prompt": "a", "suffix": "b", "bad_words": ["fox"]});
+    let rendered = server.post("/v1/completions/render", &gap).await.json();
+    let served = server.post("/v1/completions", &with(gap, json!({"return_token_ids": true}))).await.json();
+    assert_eq!(rendered[0]["token_ids"], served["choices"][0]["prompt_token_ids"]);
     for (path, body, param) in [
         ("/v1/chat/completions/render", json!({}), "messages"),
         ("/v1/chat/completions/render", with(chat("a"), json!({"temperature": 9})), "temperature"),
@@ -107,6 +120,13 @@ async fn a_request_is_rendered_as_it_would_be_served() {
             "/v1/chat/completions/render",
             with(chat("a"), json!({"response_format": {"type": "json_object"}})),
             "response_format",
+        ),
+        ("/v1/chat/completions/render", calling(json!("required")), "tool_choice"),
+        ("/v1/chat/completions/render", calling(json!({"type": "function", "function": {"name": "f"}})), "tool_choice"),
+        (
+            "/v1/completions/render",
+            json!({"prompt": "a", "suffix": "b", "truncate_prompt_tokens": 2}),
+            "truncate_prompt_tokens",
         ),
         ("/v1/completions/render", json!({}), "prompt"),
         ("/v1/completions/render", json!({"prompt": [VOCAB]}), "prompt"),
