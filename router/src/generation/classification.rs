@@ -59,7 +59,7 @@ impl GenerationService {
         let done = async {
             let running = Running::begin(self, &request, Task::Classify)?;
             self.check_count(param, inputs.len())?;
-            let encoder = running.encoder(request.truncation, param)?;
+            let encoder = running.encoder(&request, param)?;
             let encode = move || {
                 let encode = |text| encoder.text(text, None, add_special_tokens);
                 inputs.into_iter().map(encode).collect::<Result<Vec<_>, _>>()

@@ -18,6 +18,43 @@ use super::service::GenerationService;
 use super::text::TextPool;
 use super::validate::{self, invalid};
 
+/// What a face calls the fields of how long texts and vectors are: refusals name what the client can write.
+struct LengthFields {
+    dimensions: &'static str,
+    /// Most tokens of a text.
+    tokens: &'static str,
+    /// A number of tokens that stands for the model's length.
+    fit: Option<&'static str>,
+    /// What lets longer texts be cut.
+    cutting: &'static str,
+}
+
+impl LengthFields {
+    fn of(endpoint: Endpoint) -> Self {
+        let most = Self {
+            dimensions: "dimensions",
+            tokens: "truncate_prompt_tokens",
+            fit: Some("-1"),
+            cutting: "`truncate_prompt_tokens`",
+        };
+        match endpoint {
+            Endpoint::CohereEmbed => {
+                Self { dimensions: "output_dimension", tokens: "max_tokens", fit: None, cutting: "`truncate`: END" }
+            }
+            Endpoint::OllamaEmbed => Self { cutting: "`truncate`: true", ..most },
+            _ => most,
+        }
+    }
+
+    /// The refusal of a number of tokens.
+    fn refused_tokens(&self, max_len: usize) -> ApiError {
+        match self.fit {
+            Some(fit) => invalid(self.tokens, format_args!("must be from 1 to {max_len}, or {fit}")),
+            None => invalid(self.tokens, format_args!("must be from 1 to {max_len}")),
+        }
+    }
+}
+
 /// A text to be embedded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PoolingText {
@@ -116,7 +153,8 @@ impl GenerationService {
         let done = async {
             let running = Running::begin(self, &request, Task::Embed)?;
             let pooling = running.engine.pooling();
-            let dimensions = dimensions_of(dimensions, pooling.num_dimensions)?;
+            let fields = LengthFields::of(request.endpoint);
+            let dimensions = dimensions_of(dimensions, pooling.num_dimensions, fields.dimensions)?;
             self.check_count(param, inputs.len())?;
             let prompt = match &prompt_name {
                 None => pooling.default_prompt.clone(),
@@ -125,7 +163,7 @@ impl GenerationService {
                     Some(prompt.ok_or_else(|| invalid("prompt_name", "is none of the model's prompts"))?.clone())
                 }
             };
-            let encoder = running.encoder(request.truncation, param)?;
+            let encoder = running.encoder(&request, param)?;
             let encode = move || {
                 let encode = |text| encoder.text(text, prompt.as_deref(), add_special_tokens);
                 inputs.into_iter().map(encode).collect::<Result<Vec<_>, _>>()
@@ -159,7 +197,7 @@ impl GenerationService {
         let done = async {
             let running = Running::begin(self, &request, Task::Score)?;
             self.check_count(param, pairs.len())?;
-            let encoder = running.encoder(request.truncation, param)?;
+            let encoder = running.encoder(&request, param)?;
             let is_reranker = running.engine.pooling().task == PoolingTask::Score;
             let pair_prompt = running.engine.pooling().pair_prompt;
             let prompt = running.engine.pooling().default_prompt.clone();
@@ -218,11 +256,11 @@ pub(super) fn num_tokens(inputs: &[PoolingInput]) -> u64 {
     inputs.iter().map(|input| input.token_ids.len() as u64).sum()
 }
 
-fn dimensions_of(wanted: Option<u64>, has: u32) -> Result<Option<usize>, ApiError> {
+fn dimensions_of(wanted: Option<u64>, has: u32, param: &str) -> Result<Option<usize>, ApiError> {
     match wanted {
         None => Ok(None),
         Some(len) if (1..=u64::from(has)).contains(&len) => Ok(Some(len as usize)),
-        Some(_) => Err(invalid("dimensions", format_args!("must be from 1 to {has}"))),
+        Some(_) => Err(invalid(param, format_args!("must be from 1 to {has}"))),
     }
 }
 
@@ -269,23 +307,21 @@ impl Running {
         Ok(Self { service, engine, entered, deadline })
     }
 
-    pub(super) fn encoder(&self, truncation: PoolingTruncation, param: &'static str) -> Result<TextEncoder, ApiError> {
+    pub(super) fn encoder(&self, request: &PoolingRequest, param: &'static str) -> Result<TextEncoder, ApiError> {
+        let fields = LengthFields::of(request.endpoint);
         let max_len = self.engine.model().max_model_len as usize;
-        let limit = match truncation {
+        let limit = match request.truncation {
             PoolingTruncation::No => None,
             PoolingTruncation::Fit => Some(max_len),
             PoolingTruncation::Tokens(tokens) if (1..=max_len as u64).contains(&tokens) => Some(tokens as usize),
-            PoolingTruncation::Tokens(_) => {
-                let must = format_args!("must be from 1 to {max_len}, or -1");
-                return Err(invalid("truncate_prompt_tokens", must));
-            }
+            PoolingTruncation::Tokens(_) => return Err(fields.refused_tokens(max_len)),
         };
         let special_tokens = match self.service.limits().special_tokens_in_prompts {
             true => SpecialTokens::Parsed,
             false => SpecialTokens::AsText,
         };
         let tokenizer = Arc::clone(self.service.model().tokenizer());
-        Ok(TextEncoder { tokenizer, special_tokens, limit, max_len, param })
+        Ok(TextEncoder { tokenizer, special_tokens, limit, max_len, param, cutting: fields.cutting })
     }
 
     pub(super) async fn encode<T: Send + 'static>(
@@ -339,6 +375,8 @@ pub(super) struct TextEncoder {
     limit: Option<usize>,
     max_len: usize,
     param: &'static str,
+    /// The field that lets longer texts be cut.
+    cutting: &'static str,
 }
 
 impl TextEncoder {
@@ -435,8 +473,8 @@ impl TextEncoder {
         if len > self.max_len {
             return Err(ApiError::ContextTooLong {
                 message: format!(
-                    "an input has {len} tokens, the model's length is {}; `truncate_prompt_tokens` cuts inputs",
-                    self.max_len
+                    "an input has {len} tokens, the model's length is {}; {} cuts inputs",
+                    self.max_len, self.cutting
                 ),
             });
         }
@@ -456,7 +494,7 @@ mod tests {
         let mut raw = vec![3.0, 4.0];
         shorten(&mut raw, 1, false);
         assert_eq!(raw, [3.0]);
-        assert!(dimensions_of(Some(0), 3).is_err() && dimensions_of(Some(4), 3).is_err());
+        assert!([0, 4].into_iter().all(|len| dimensions_of(Some(len), 3, "dimensions").is_err()));
         assert!((cosine(&[1.0, 1.0], &[2.0, 0.0]) - 0.5_f32.sqrt()).abs() < 1e-6);
         assert_eq!(cosine(&[0.0], &[1.0]), 0.0);
     }

@@ -2,6 +2,7 @@
 
 use axum::extract::{Request, State};
 use axum::response::Response;
+use quire_engine::pooling::PoolingInfo;
 use serde::Serialize;
 
 use crate::error::ApiError;
@@ -9,7 +10,7 @@ use crate::generation::{
     EmbedRequest, GenerationService, Limits, PoolingRequest, PoolingText, PoolingTruncation, invalid,
 };
 use crate::metrics::Endpoint;
-use crate::served_models::{Runner, Task};
+use crate::served_models::Task;
 
 use super::answer::json;
 use super::ask::json_response;
@@ -56,6 +57,8 @@ struct EmbedBody {
     texts: Vec<String>,
     /// The names of prompts that would do.
     prompt_names: &'static [&'static str],
+    /// The one of them that the model has.
+    prompt_name: Option<&'static str>,
     forms: Vec<Form>,
     dimensions: Option<u64>,
     truncation: PoolingTruncation,
@@ -75,7 +78,7 @@ impl Body for EmbedBody {
         fields.refuse_unless("priority", |raw| raw == "0")?;
         let texts: Option<Vec<String>> = fields.list("texts", limits.max_pooling_texts, "hold strings")?;
         let texts = texts.filter(|texts| !texts.is_empty()).ok_or_else(|| invalid("texts", "is needed"))?;
-        let prompt_names: &[&str] = match fields.string("input_type")? {
+        let prompt_names: &'static [&'static str] = match fields.string("input_type")? {
             None => &[],
             Some(given) => match INPUT_TYPES.iter().find(|(name, _)| *name == given) {
                 Some((_, names)) => names,
@@ -94,11 +97,6 @@ impl Body for EmbedBody {
             forms.push(Form::Float);
         }
         let dimensions = fields.count("output_dimension")?;
-        if forms.iter().any(|form| matches!(form, Form::Binary | Form::Ubinary))
-            && dimensions.is_some_and(|count| count % 8 != 0)
-        {
-            return Err(invalid("output_dimension", "must be a multiple of 8 for binary embeddings"));
-        }
         let max_tokens = fields.count("max_tokens")?;
         let truncation = match (fields.string("truncate")?.as_deref(), max_tokens) {
             (None | Some("END"), None) => PoolingTruncation::Fit,
@@ -111,11 +109,38 @@ impl Body for EmbedBody {
         let model = fields.string("model")?;
         let mut ignored = Ignored::default();
         fields.note_ignored(&mut ignored);
-        Ok(Self { model, texts, prompt_names, forms, dimensions, truncation, ignored })
+        Ok(Self { model, texts, prompt_names, prompt_name: None, forms, dimensions, truncation, ignored })
     }
 
     fn ignored(&self) -> &Ignored {
         &self.ignored
+    }
+
+    fn check_pooling(&mut self, pooling: &PoolingInfo) -> Result<(), ApiError> {
+        self.prompt_name = self.prompt_names.iter().copied().find(|name| pooling.prompts.contains_key(*name));
+        if self.prompt_name.is_none() && !self.prompt_names.is_empty() {
+            // The model makes no difference.
+            self.ignored.add("input_type");
+        }
+        check_bits(&self.forms, self.dimensions, pooling.num_dimensions)
+    }
+}
+
+/// Whether bits of vectors fill whole bytes, where they are asked for.
+fn check_bits(forms: &[Form], dimensions: Option<u64>, has: u32) -> Result<(), ApiError> {
+    let has_bits = forms.iter().any(|form| matches!(form, Form::Binary | Form::Ubinary));
+    match dimensions {
+        Some(count) if has_bits && !count.is_multiple_of(8) => {
+            Err(invalid("output_dimension", "must be a multiple of 8 for binary embeddings"))
+        }
+        None if has_bits && !has.is_multiple_of(8) => {
+            let must = format_args!(
+                "cannot hold binary or ubinary: the model's {has} dimensions are no multiple of 8, which \
+                 `output_dimension` can ask for"
+            );
+            Err(invalid("embedding_types", must))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -179,15 +204,7 @@ pub(super) async fn embed(State(service): State<GenerationService>, request: Req
         input_tokens: u64,
     }
     let Parsed { service, id, body, share } = receive::<EmbedBody>(&service, Endpoint::CohereEmbed, request).await?;
-    let EmbedBody { model, texts, prompt_names, forms, dimensions, truncation, mut ignored } = body;
-    let prompt_name = match service.runner() {
-        Runner::Pools(engine) => prompt_names.iter().find(|name| engine.pooling().prompts.contains_key(**name)),
-        Runner::Generates(_) => None,
-    };
-    if prompt_name.is_none() && !prompt_names.is_empty() {
-        // The model makes no difference.
-        ignored.add("input_type");
-    }
+    let EmbedBody { model, texts, prompt_names: _, prompt_name, forms, dimensions, truncation, ignored } = body;
     let request_id = id.0.to_string();
     let answer_id = format!("embd-{request_id}");
     let embedded = service
@@ -197,7 +214,7 @@ pub(super) async fn embed(State(service): State<GenerationService>, request: Req
             param: "texts",
             add_special_tokens: true,
             dimensions,
-            prompt_name: prompt_name.map(|name| (*name).to_owned()),
+            prompt_name: prompt_name.map(str::to_owned),
         })
         .await?;
     drop(share);
@@ -217,6 +234,20 @@ pub(super) async fn embed(State(service): State<GenerationService>, request: Req
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bits_fill_whole_bytes() {
+        let refused = |forms: &[Form], dimensions, has| match check_bits(forms, dimensions, has) {
+            Err(ApiError::InvalidRequest { param, .. }) => param,
+            other => other.map(|()| None).expect("no other refusal"),
+        };
+        for form in [Form::Binary, Form::Ubinary] {
+            assert_eq!(refused(&[Form::Float, form], None, 12).as_deref(), Some("embedding_types"));
+            assert_eq!(refused(&[form], Some(9), 16).as_deref(), Some("output_dimension"));
+            assert_eq!((refused(&[form], Some(8), 12), refused(&[form], None, 16)), (None, None));
+        }
+        assert_eq!((refused(&[Form::Float], None, 12), refused(&[Form::Base64], Some(9), 12)), (None, None));
+    }
 
     #[test]
     fn a_bit_is_a_number_that_is_not_negative() {

@@ -2,6 +2,7 @@
 
 use axum::extract::{Request, State};
 use axum::response::Response;
+use quire_engine::pooling::PoolingInfo;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
@@ -84,8 +85,9 @@ pub(super) struct TextsBody {
     pub(super) dimensions: Option<u64>,
     pub(super) add_special_tokens: bool,
     pub(super) prompt_name: Option<String>,
-    /// Whether vectors must have length 1, where that is asked for.
+    /// Whether vectors must have length 1, where that is asked for; other servers' name of it is `use_activation`.
     pub(super) normalize: Option<bool>,
+    pub(super) use_activation: Option<bool>,
 }
 
 impl TextsBody {
@@ -99,15 +101,24 @@ impl TextsBody {
         };
         fields.refuse_unless("embed_dtype", |raw| raw == "\"float32\"")?;
         fields.refuse_unless("endianness", |raw| matches!(raw, "\"little\"" | "\"native\""))?;
-        let normalize = match fields.bool("normalize")? {
-            Some(normalize) => Some(normalize),
-            None => fields.bool("use_activation")?,
-        };
+        let (normalize, use_activation) = (fields.bool("normalize")?, fields.bool("use_activation")?);
         let common = PoolingFields::read(fields)?;
         let dimensions = fields.count("dimensions")?;
         let add_special_tokens = fields.bool("add_special_tokens")?.unwrap_or(true);
         let prompt_name = fields.string("prompt_name")?;
-        Ok(Self { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, normalize })
+        Ok(Self { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, normalize, use_activation })
+    }
+
+    /// Vectors have the length that the model's makers gave them; another is refused, not made up.
+    pub(super) fn check_length(&self, pooling: &PoolingInfo) -> Result<(), ApiError> {
+        let has = pooling.is_normalized;
+        match [("normalize", self.normalize), ("use_activation", self.use_activation)]
+            .into_iter()
+            .find(|(_, wanted)| wanted.is_some_and(|wanted| wanted != has))
+        {
+            Some((param, _)) => Err(invalid(param, format_args!("must be {has}, as the model is"))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -134,6 +145,10 @@ impl Body for EmbeddingsBody {
     fn ignored(&self) -> &Ignored {
         &self.ignored
     }
+
+    fn check_pooling(&mut self, pooling: &PoolingInfo) -> Result<(), ApiError> {
+        self.texts.check_length(pooling)
+    }
 }
 
 /// `POST /v1/embeddings`
@@ -156,8 +171,7 @@ pub(super) async fn create(State(service): State<GenerationService>, request: Re
     let Parsed { service, id, body, share } =
         receive::<EmbeddingsBody>(&service, Endpoint::Embeddings, request).await?;
     let EmbeddingsBody { texts, ignored } = body;
-    let TextsBody { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, normalize } = texts;
-    check_length(&service, normalize)?;
+    let TextsBody { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, .. } = texts;
     let request = common.request(&id.0, Endpoint::Embeddings);
     let answer_id = format!("embd-{}", request.request_id);
     let embedded = service
@@ -174,18 +188,6 @@ pub(super) async fn create(State(service): State<GenerationService>, request: Re
         usage: PoolingUsage::of(embedded.num_tokens),
     };
     Ok(json_response(json(&answer), &ignored))
-}
-
-/// Vectors have the length that the model's makers gave them; another is refused, not made up.
-pub(super) fn check_length(service: &GenerationService, normalize: Option<bool>) -> Result<(), ApiError> {
-    let crate::served_models::Runner::Pools(engine) = service.runner() else { return Ok(()) };
-    match normalize {
-        Some(normalize) if normalize != engine.pooling().is_normalized => {
-            let must = format_args!("must be {}, as the model is", engine.pooling().is_normalized);
-            Err(invalid("normalize", must))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Tokens of an answer without output.

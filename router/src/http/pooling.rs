@@ -2,16 +2,17 @@
 
 use axum::extract::{Request, State};
 use axum::response::Response;
+use quire_engine::pooling::PoolingInfo;
 use serde::Serialize;
 
 use crate::error::ApiError;
 use crate::generation::{ClassifyRequest, EmbedRequest, GenerationService, Limits, PoolingText, invalid};
-use crate::metrics::{Endpoint, Outcome, RequestMetrics};
+use crate::metrics::Endpoint;
 use crate::served_models::{Runner, Task};
 
 use super::answer::json;
 use super::ask::json_response;
-use super::embeddings::{Numbers, PoolingFields, PoolingUsage, TextsBody, check_length, now_seconds, texts};
+use super::embeddings::{Numbers, PoolingFields, PoolingUsage, TextsBody, now_seconds, texts};
 use super::failure::Failure;
 use super::fields::{Fields, Ignored};
 use super::receive::{Body, Parsed, receive};
@@ -66,6 +67,25 @@ impl Body for PoolingBody {
     fn ignored(&self) -> &Ignored {
         &self.ignored
     }
+
+    fn check_pooling(&mut self, pooling: &PoolingInfo) -> Result<(), ApiError> {
+        if pooling.labels.is_empty() {
+            return self.texts.check_length(pooling);
+        }
+        let TextsBody { dimensions, prompt_name, normalize, use_activation, .. } = &self.texts;
+        for (param, is_given) in [
+            ("dimensions", dimensions.is_some()),
+            ("prompt_name", prompt_name.is_some()),
+            // Its numbers are probabilities, whose length is what it is.
+            ("normalize", normalize.is_some()),
+            ("use_activation", *use_activation == Some(false)),
+        ] {
+            if is_given {
+                return Err(invalid(param, "is not supported by a model that classifies"));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// `POST /pooling`
@@ -88,26 +108,16 @@ pub(super) async fn pooling(State(service): State<GenerationService>, request: R
     let Parsed { service, id, body, share } = receive::<PoolingBody>(&service, Endpoint::Pooling, request).await?;
     let PoolingBody { texts, task: _, ignored } = body;
     let classifies = matches!(service.runner(), Runner::Pools(engine) if !engine.pooling().labels.is_empty());
-    let TextsBody { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, normalize } = texts;
+    let TextsBody { common, inputs, encoding, dimensions, add_special_tokens, prompt_name, .. } = texts;
     let mut request = common.request(&id.0, Endpoint::Pooling);
     // The one that was found: what it does decides, and not which is the first that does it.
     request.model = Some(service.model().name().to_owned());
     let answer_id = format!("pooling-{}", request.request_id);
     let (model, numbers, num_tokens) = if classifies {
-        for (param, is_given) in [
-            ("dimensions", dimensions.is_some()),
-            ("prompt_name", prompt_name.is_some()),
-            ("use_activation", normalize == Some(false)),
-        ] {
-            if is_given {
-                return Err(counted(invalid(param, "is not supported by a model that classifies")).into());
-            }
-        }
         let asked = ClassifyRequest { request, inputs, param: "input", add_special_tokens };
         let classified = service.classify(asked).await?;
         (classified.model, classified.probs, classified.num_tokens)
     } else {
-        check_length(&service, normalize).map_err(counted)?;
         let asked = EmbedRequest { request, inputs, param: "input", add_special_tokens, dimensions, prompt_name };
         let embedded = service.embed(asked).await?;
         (embedded.model, embedded.vectors, embedded.num_tokens)
@@ -123,12 +133,6 @@ pub(super) async fn pooling(State(service): State<GenerationService>, request: R
         usage: PoolingUsage::of(num_tokens),
     };
     Ok(json_response(json(&answer), &ignored))
-}
-
-/// A refusal that came before the service counts the request.
-fn counted(error: ApiError) -> ApiError {
-    RequestMetrics::start(Endpoint::Pooling).finish(Outcome::from(&error));
-    error
 }
 
 struct ClassifyBody {

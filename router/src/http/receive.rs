@@ -6,13 +6,14 @@ use axum::body::BodyDataStream;
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use futures::StreamExt;
+use quire_engine::pooling::PoolingInfo;
 
 use crate::body_budget::BodyShare;
 use crate::error::ApiError;
 use crate::generation::{GenerationService, Limits, invalid};
 use crate::metrics::{Endpoint, RequestMetrics};
 use crate::served_model::ServedModel;
-use crate::served_models::Task;
+use crate::served_models::{Runner, Task};
 
 use super::RequestId;
 use super::failure::Failure;
@@ -42,6 +43,11 @@ pub(super) trait Body: Sized {
 
     /// Adds fields that this model does not read.
     fn note_unread(&mut self, _model: &ServedModel) {}
+
+    /// Checks what depends on what a model that pools makes of texts, and adds fields that it does not read.
+    fn check_pooling(&mut self, _pooling: &PoolingInfo) -> Result<(), ApiError> {
+        Ok(())
+    }
 }
 
 /// A body that was understood. What it holds takes about the memory of its bytes.
@@ -68,6 +74,9 @@ pub(super) async fn receive<T: Body>(
         let mut body = T::parse(&body, limits)?;
         let service = service.select(body.model(), body.task())?;
         body.note_unread(service.model());
+        if let Runner::Pools(engine) = service.runner() {
+            body.check_pooling(engine.pooling())?;
+        }
         match body.ignored().first() {
             Some(name) if strict => Err(invalid(name, "is not known, and the request is strict").into()),
             _ => Ok(Parsed { service, id, body, share }),

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::embeddings::{assert_near, numbers};
-use crate::harness::{Server, VOCAB, expected, with};
+use crate::harness::{Server, VOCAB, expected, post, with};
 
 fn server(pooling: &[&str]) -> Server {
     Server::beside(FakeExecutor::new(VOCAB), pooling)
@@ -109,11 +109,16 @@ async fn what_is_not_served_is_refused_by_name() {
         ("/pooling", json!({"input": "a", "embed_dtype": "float16"}), "embed_dtype"),
         ("/pooling", json!({"input": "a", "endianness": "big"}), "endianness"),
         ("/pooling", json!({"input": "a", "padding": "max_length"}), "padding"),
-        ("/pooling", json!({"input": "a", "use_activation": false}), "normalize"),
+        ("/pooling", json!({"input": "a", "use_activation": false}), "use_activation"),
+        ("/pooling", json!({"input": "a", "normalize": false, "use_activation": true}), "normalize"),
+        ("/pooling", json!({"input": "a", "normalize": true, "use_activation": false}), "use_activation"),
+        ("/v1/embeddings", json!({"input": "a", "use_activation": false}), "use_activation"),
         ("/pooling", json!({"input": "a", "dimensions": 33}), "dimensions"),
         ("/pooling", json!({"messages": [{"role": "user", "content": "a"}], "input": "a"}), "messages"),
         ("/pooling", json!({"model": "bert-classify", "input": "a", "dimensions": 2}), "dimensions"),
         ("/pooling", json!({"model": "bert-classify", "input": "a", "use_activation": false}), "use_activation"),
+        ("/pooling", json!({"model": "bert-classify", "input": "a", "normalize": false}), "normalize"),
+        ("/pooling", json!({"model": "bert-classify", "input": "a", "normalize": true}), "normalize"),
         ("/pooling", json!({"model": "bert-classify", "input": "a", "task": "embed"}), "model"),
         ("/pooling", json!({"model": "bert-mean", "input": "a", "task": "classify"}), "model"),
         ("/pooling", json!({"model": "qwen3-rerank", "input": "a"}), "model"),
@@ -138,7 +143,9 @@ async fn what_is_not_served_is_refused_by_name() {
         ("/v2/embed", json!({"texts": ["a"], "inputs": [{"content": []}]}), "inputs"),
         ("/v2/embed", json!({"texts": ["a"], "input_type": "image"}), "input_type"),
         ("/v2/embed", json!({"texts": ["a"], "embedding_types": ["int8"]}), "embedding_types"),
-        ("/v2/embed", json!({"texts": ["a"], "output_dimension": 33}), "dimensions"),
+        ("/v2/embed", json!({"texts": ["a"], "output_dimension": 33}), "output_dimension"),
+        ("/v2/embed", json!({"texts": ["a"], "max_tokens": 0}), "max_tokens"),
+        ("/v2/embed", json!({"texts": ["a"], "max_tokens": 100_000}), "max_tokens"),
         (
             "/v2/embed",
             json!({"texts": ["a"], "output_dimension": 9, "embedding_types": ["binary"]}),
@@ -150,7 +157,11 @@ async fn what_is_not_served_is_refused_by_name() {
     ] {
         let answer = server.post(path, &body).await;
         assert_eq!(answer.status, 400, "{path} {body}: {:?}", answer.body);
-        assert_eq!(answer.json()["error"]["param"], param, "{path} {body}: {:?}", answer.body);
+        let error = &answer.json()["error"];
+        assert_eq!(error["param"], param, "{path} {body}: {:?}", answer.body);
+        let message = error["message"].as_str().unwrap();
+        // No other route's fields are named, and no numbers that only they take.
+        assert!(path != "/v2/embed" || !(message.contains("-1") || message.contains("truncate_prompt")), "{message}");
     }
     let unknown = server.post("/classify", &json!({"input": "a", "no_such_field": 1})).await;
     assert_eq!((unknown.status.as_u16(), unknown.header("x-quire-ignored-params")), (200, "no_such_field"));
@@ -187,6 +198,15 @@ async fn cohere_s_form_has_the_same_vectors() {
     }
     let query = json!({"model": "bert-mean", "texts": ["seven"], "input_type": "search_query", "output_dimension": 8});
     let found = server.post("/v2/embed", &query).await;
+    // A strict request is not served where what it says makes no difference.
+    let strict = |body: &Value| {
+        let mut request = post("/v2/embed", body.to_string());
+        request.headers_mut().insert("x-quire-strict", "true".parse().expect("a value"));
+        request
+    };
+    let refused = server.send(strict(&body)).await;
+    assert_eq!((refused.status.as_u16(), &refused.json()["error"]["param"]), (400, &json!("input_type")));
+    assert_eq!(server.send(strict(&query)).await.status, 200);
     assert!(!found.headers.contains_key("x-quire-ignored-params"));
     let prompted = json!({"model": "bert-mean", "input": "seven", "prompt_name": "query", "dimensions": 8});
     let prompted = server.post("/v1/embeddings", &prompted).await.json();
@@ -197,7 +217,10 @@ async fn cohere_s_form_has_the_same_vectors() {
     let long = json!({"model": "bert-mean", "texts": ["a ".repeat(500)]});
     assert_eq!(server.post("/v2/embed", &long).await.status, 200);
     let refused = server.post("/v2/embed", &with(long, json!({"truncate": "NONE"}))).await;
-    assert_eq!((refused.status.as_u16(), &refused.json()["error"]["code"]), (400, &json!("context_length_exceeded")));
+    let error = &refused.json()["error"];
+    assert_eq!((refused.status.as_u16(), &error["code"]), (400, &json!("context_length_exceeded")));
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("`truncate`: END") && !message.contains("truncate_prompt_tokens"), "{message}");
     let cut: Value = json!({"model": "bert-mean", "texts": ["a b c d e f"], "max_tokens": 3});
     assert_eq!(server.post("/v2/embed", &cut).await.json()["meta"]["billed_units"]["input_tokens"], 3);
 }
