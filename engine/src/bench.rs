@@ -210,7 +210,7 @@ impl ModelBench {
     /// Decodes `num_steps` steps of `batch` sequences behind contexts of `depth` tokens each, which share no blocks.
     /// `None` where they do not fit.
     ///
-    /// The contexts are not computed: see [`ModelExecutor::adopt`]. They are taken in all at once, so that layers with
+    /// The contexts are not computed: see `ModelExecutor::adopt`. They are taken in all at once, so that layers with
     /// a window need blocks for whole contexts too.
     pub fn decode(&mut self, batch: u32, depth: u32, num_steps: u32) -> Result<Option<Measured>, EngineError> {
         let (batch, depth, num_steps) = (batch.max(1), depth.max(1), num_steps.max(1));

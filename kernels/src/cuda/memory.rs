@@ -1,4 +1,4 @@
-//! What [`CudaBackend`] gives out: handles to memory that lives as long as the device.
+//! What [`CudaBackend`](super::CudaBackend) gives out: handles to memory that lives as long as the device.
 
 use crate::backend::check_room;
 use crate::cuda::device::{Device, DevicePtr};
