@@ -41,32 +41,36 @@ async fn refused_with_a_time_to_come_back() {
     // Holds the first step, so that all others come while it runs.
     let mut first = handle.submit(submission(&prompt(0), MAX_TOKENS)).await.unwrap();
     gate.wait_until_held();
-    let callers: Vec<_> = (1..=10 * MAX_WAITING as u32)
-        .map(|i| {
-            let handle = handle.clone();
-            tokio::spawn(async move {
-                let mut stream = handle.submit(submission(&prompt(i), MAX_TOKENS)).await?;
-                Ok::<_, SubmitError>(read_all(&mut stream).await)
-            })
-        })
-        .collect();
-    gate.open();
     let (mut num_finished, mut num_refused) = (0, 0);
-    for caller in callers {
-        match caller.await.unwrap() {
-            Ok(outcome) => {
+    let mut refuse = |error: SubmitError| match error {
+        SubmitError::Scheduler(
+            Refusal::QueueFull { retry_after_micros, .. } | Refusal::WaitTooLong { retry_after_micros, .. },
+        )
+        | SubmitError::CommandQueueFull { retry_after_micros } => {
+            assert!(retry_after_micros > 0);
+            num_refused += 1;
+        }
+        other => panic!("{other:?}"),
+    };
+    let mut waiting = Vec::new();
+    for number in 1..=10 * MAX_WAITING as u32 {
+        let mut submit = Box::pin(handle.submit(submission(&prompt(number), MAX_TOKENS)));
+        match poll_once(&mut submit) {
+            None => waiting.push(submit),
+            Some(Err(error)) => refuse(error),
+            Some(Ok(_)) => panic!("nobody is taken in during a step"),
+        }
+    }
+    gate.open();
+    for submit in waiting {
+        match submit.await {
+            Ok(mut stream) => {
+                let outcome = read_all(&mut stream).await;
                 assert_eq!(outcome[0].tokens.len(), MAX_TOKENS as usize);
                 assert_eq!(outcome[0].finish, Some(FinishReason::Length));
                 num_finished += 1;
             }
-            Err(SubmitError::Scheduler(
-                Refusal::QueueFull { retry_after_micros, .. } | Refusal::WaitTooLong { retry_after_micros, .. },
-            ))
-            | Err(SubmitError::CommandQueueFull { retry_after_micros }) => {
-                assert!(retry_after_micros > 0);
-                num_refused += 1;
-            }
-            Err(other) => panic!("{other:?}"),
+            Err(error) => refuse(error),
         }
     }
     assert_eq!(read_all(&mut first).await[0].finish, Some(FinishReason::Length));
