@@ -195,7 +195,7 @@ mod x86 {
     use std::hint::black_box;
 
     use super::NUM_ROUNDS;
-    use crate::cpu::amx::{ROW_BYTES, TILE_BYTES, TILE_ROWS, Tiles, tile};
+    use crate::cpu::amx::{TILE_ROWS, Tiles, tile};
 
     const AVX512_CHAINS: usize = 12;
     const AVX2_CHAINS: usize = 10;
@@ -206,49 +206,12 @@ mod x86 {
     /// Of a round of bf16: four tiles of sums, pairs for each, and two operations for each product.
     pub(super) const AMX_FLOPS: usize = 4 * TILE_ROWS * TILE_ROWS * (2 * TILE_ROWS) * 2;
 
-    /// Two tiles of each side. Zeros would be multiplied faster than anything else: a core that does little work has a higher clock.
-    #[repr(C, align(64))]
-    struct Sides([u32; 4 * TILE_BYTES / 4]);
-
-    impl Sides {
-        /// Words of random bits, where `mask` has them, over those of `base`.
-        const fn random(mask: u32, base: u32) -> Self {
-            let mut words = [0; 4 * TILE_BYTES / 4];
-            let mut random: u64 = 1;
-            let mut index = 0;
-            while index < words.len() {
-                random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-                words[index] = (random >> 32) as u32 & mask | base;
-                index += 1;
-            }
-            Self(words)
-        }
-
-        /// # Safety
-        /// The thread holds tiles.
-        unsafe fn load(&self) {
-            let side = |index: usize| self.0.as_ptr().wrapping_add(index * TILE_BYTES / 4);
-            // SAFETY: by contract; each is a whole tile.
-            unsafe {
-                tile!(load "tmm4", side(0), ROW_BYTES);
-                tile!(load "tmm5", side(1), ROW_BYTES);
-                tile!(load "tmm6", side(2), ROW_BYTES);
-                tile!(load "tmm7", side(3), ROW_BYTES);
-            }
-        }
-    }
-
-    /// bf16 of either sign, magnitudes from a half to 2.
-    static PAIRS: Sides = Sides::random(0x80ff_80ff, 0x3f00_3f00);
-    static CODES: Sides = Sides::random(u32::MAX, 0);
-
     /// # Safety
     /// The machine has tiles.
     pub(super) unsafe fn bf16_amx() {
         // SAFETY: by contract; nothing here holds tiles already.
         unsafe {
             let _tiles = Tiles::take(TILE_ROWS as u8);
-            PAIRS.load();
             for _ in 0..NUM_ROUNDS {
                 tile!(bf16 "tmm0", "tmm4", "tmm6");
                 tile!(bf16 "tmm1", "tmm4", "tmm7");
@@ -264,7 +227,6 @@ mod x86 {
         // SAFETY: as above.
         unsafe {
             let _tiles = Tiles::take(TILE_ROWS as u8);
-            CODES.load();
             for _ in 0..NUM_ROUNDS {
                 tile!(i8u8 "tmm0", "tmm4", "tmm6");
                 tile!(i8u8 "tmm1", "tmm4", "tmm7");
