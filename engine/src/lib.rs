@@ -74,6 +74,7 @@ pub fn start(
     scheduler: &SchedulerSettings,
     observer: Box<dyn StepObserver>,
 ) -> Result<EngineHandle, EngineError> {
+    // Before files are looked at, whose errors would hide it.
     step_loop::check_depth(engine.pipeline_depth)?;
     start_beside(ModelFiles::open(source, engine)?, engine, scheduler, observer, 0)
 }

@@ -34,7 +34,7 @@ fn prompt(first: u32) -> Vec<u32> {
     (0..PROMPT_LEN as u32).map(|i| (first * 31 + i * 7) % 1000).collect()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn refused_with_a_time_to_come_back() {
     let gate = Gate::closed();
     let handle = start(&gate, (MAX_WAITING * PROMPT_LEN) as u64);

@@ -7,6 +7,7 @@ mod chat;
 mod choice;
 mod classification;
 mod form;
+mod length_fields;
 mod limits;
 mod plain;
 mod pooling;

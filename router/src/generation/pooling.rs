@@ -14,46 +14,10 @@ use crate::metrics::{Endpoint, Outcome, RequestMetrics};
 use crate::served_models::{Runner, Task};
 use crate::tokenizer::{EncodeError, SpecialTokens, TextTokenizer};
 
+use super::length_fields::LengthFields;
 use super::service::GenerationService;
 use super::text::TextPool;
 use super::validate::{self, invalid};
-
-/// What a face calls the fields of how long texts and vectors are: refusals name what the client can write.
-struct LengthFields {
-    dimensions: &'static str,
-    /// Most tokens of a text.
-    tokens: &'static str,
-    /// A number of tokens that stands for the model's length.
-    fit: Option<&'static str>,
-    /// What lets longer texts be cut.
-    cutting: &'static str,
-}
-
-impl LengthFields {
-    fn of(endpoint: Endpoint) -> Self {
-        let most = Self {
-            dimensions: "dimensions",
-            tokens: "truncate_prompt_tokens",
-            fit: Some("-1"),
-            cutting: "`truncate_prompt_tokens`",
-        };
-        match endpoint {
-            Endpoint::CohereEmbed => {
-                Self { dimensions: "output_dimension", tokens: "max_tokens", fit: None, cutting: "`truncate`: END" }
-            }
-            Endpoint::OllamaEmbed => Self { cutting: "`truncate`: true", ..most },
-            _ => most,
-        }
-    }
-
-    /// The refusal of a number of tokens.
-    fn refused_tokens(&self, max_len: usize) -> ApiError {
-        match self.fit {
-            Some(fit) => invalid(self.tokens, format_args!("must be from 1 to {max_len}, or {fit}")),
-            None => invalid(self.tokens, format_args!("must be from 1 to {max_len}")),
-        }
-    }
-}
 
 /// A text to be embedded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -321,7 +285,7 @@ impl Running {
             false => SpecialTokens::AsText,
         };
         let tokenizer = Arc::clone(self.service.model().tokenizer());
-        Ok(TextEncoder { tokenizer, special_tokens, limit, max_len, param, cutting: fields.cutting })
+        Ok(TextEncoder { tokenizer, special_tokens, limit, max_len, param, fields })
     }
 
     pub(super) async fn encode<T: Send + 'static>(
@@ -375,8 +339,7 @@ pub(super) struct TextEncoder {
     limit: Option<usize>,
     max_len: usize,
     param: &'static str,
-    /// The field that lets longer texts be cut.
-    cutting: &'static str,
+    fields: LengthFields,
 }
 
 impl TextEncoder {
@@ -471,12 +434,7 @@ impl TextEncoder {
     fn checked(&self, input: PoolingInput) -> Result<PoolingInput, ApiError> {
         let len = input.token_ids.len();
         if len > self.max_len {
-            return Err(ApiError::ContextTooLong {
-                message: format!(
-                    "an input has {len} tokens, the model's length is {}; {} cuts inputs",
-                    self.max_len, self.cutting
-                ),
-            });
+            return Err(ApiError::ContextTooLong { message: self.fields.too_long(len, self.max_len) });
         }
         Ok(input)
     }

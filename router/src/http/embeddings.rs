@@ -154,15 +154,6 @@ impl Body for EmbeddingsBody {
 /// `POST /v1/embeddings`
 pub(super) async fn create(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
     #[derive(Serialize)]
-    struct Answer {
-        id: String,
-        object: &'static str,
-        created: u64,
-        model: String,
-        data: Vec<Entry>,
-        usage: PoolingUsage,
-    }
-    #[derive(Serialize)]
     struct Entry {
         object: &'static str,
         index: usize,
@@ -179,15 +170,27 @@ pub(super) async fn create(State(service): State<GenerationService>, request: Re
         .await?;
     drop(share);
     let entry = |(index, vector)| Entry { object: "embedding", index, embedding: Numbers::of(vector, encoding) };
-    let answer = Answer {
-        id: answer_id,
-        object: "list",
-        created: now_seconds(),
-        model: embedded.model,
-        data: embedded.vectors.into_iter().enumerate().map(entry).collect(),
-        usage: PoolingUsage::of(embedded.num_tokens),
-    };
+    let entries = embedded.vectors.into_iter().enumerate().map(entry);
+    let answer = ListAnswer::of(answer_id, &embedded.model, entries, embedded.num_tokens);
     Ok(json_response(json(&answer), &ignored))
+}
+
+/// What is answered of each text, in order, in the shape that OpenAI's lists have.
+#[derive(Serialize)]
+pub(super) struct ListAnswer<'a, T> {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    data: Vec<T>,
+    usage: PoolingUsage,
+}
+
+impl<'a, T> ListAnswer<'a, T> {
+    pub(super) fn of(id: String, model: &'a str, entries: impl Iterator<Item = T>, num_tokens: u64) -> Self {
+        let (created, usage) = (now_seconds(), PoolingUsage::of(num_tokens));
+        Self { id, object: "list", created, model, data: entries.collect(), usage }
+    }
 }
 
 /// Tokens of an answer without output.
@@ -237,7 +240,7 @@ pub(super) fn base64(vector: &[f32]) -> String {
     text
 }
 
-pub(super) fn now_seconds() -> u64 {
+fn now_seconds() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 

@@ -12,7 +12,7 @@ use crate::served_models::{Runner, Task};
 
 use super::answer::json;
 use super::ask::json_response;
-use super::embeddings::{Numbers, PoolingFields, PoolingUsage, TextsBody, now_seconds, texts};
+use super::embeddings::{ListAnswer, Numbers, PoolingFields, TextsBody, texts};
 use super::failure::Failure;
 use super::fields::{Fields, Ignored};
 use super::receive::{Body, Parsed, receive};
@@ -91,15 +91,6 @@ impl Body for PoolingBody {
 /// `POST /pooling`
 pub(super) async fn pooling(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
     #[derive(Serialize)]
-    struct Answer {
-        id: String,
-        object: &'static str,
-        created: u64,
-        model: String,
-        data: Vec<Entry>,
-        usage: PoolingUsage,
-    }
-    #[derive(Serialize)]
     struct Entry {
         index: usize,
         object: &'static str,
@@ -124,14 +115,7 @@ pub(super) async fn pooling(State(service): State<GenerationService>, request: R
     };
     drop(share);
     let entry = |(index, vector)| Entry { index, object: "pooling", data: Numbers::of(vector, encoding) };
-    let answer = Answer {
-        id: answer_id,
-        object: "list",
-        created: now_seconds(),
-        model,
-        data: numbers.into_iter().enumerate().map(entry).collect(),
-        usage: PoolingUsage::of(num_tokens),
-    };
+    let answer = ListAnswer::of(answer_id, &model, numbers.into_iter().enumerate().map(entry), num_tokens);
     Ok(json_response(json(&answer), &ignored))
 }
 
@@ -174,15 +158,6 @@ impl Body for ClassifyBody {
 /// `POST /classify`
 pub(super) async fn classify(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
     #[derive(Serialize)]
-    struct Answer<'a> {
-        id: String,
-        object: &'static str,
-        created: u64,
-        model: &'a str,
-        data: Vec<Entry<'a>>,
-        usage: PoolingUsage,
-    }
-    #[derive(Serialize)]
     struct Entry<'a> {
         index: usize,
         label: Option<&'a str>,
@@ -195,19 +170,12 @@ pub(super) async fn classify(State(service): State<GenerationService>, request: 
     let answer_id = format!("classify-{}", request.request_id);
     let classified = service.classify(ClassifyRequest { request, inputs, param: "input", add_special_tokens }).await?;
     drop(share);
-    let data = classified.probs.iter().enumerate().map(|(index, probs)| Entry {
+    let entries = classified.probs.iter().enumerate().map(|(index, probs)| Entry {
         index,
         label: classified.label(probs),
         probs,
         num_classes: probs.len(),
     });
-    let answer = Answer {
-        id: answer_id,
-        object: "list",
-        created: now_seconds(),
-        model: &classified.model,
-        data: data.collect(),
-        usage: PoolingUsage::of(classified.num_tokens),
-    };
+    let answer = ListAnswer::of(answer_id, &classified.model, entries, classified.num_tokens);
     Ok(json_response(json(&answer), &ignored))
 }

@@ -14,7 +14,7 @@ use crate::served_models::Task;
 
 use super::answer::json;
 use super::ask::json_response;
-use super::embeddings::{PoolingFields, PoolingUsage, now_seconds};
+use super::embeddings::{ListAnswer, PoolingFields, PoolingUsage};
 use super::failure::Failure;
 use super::fields::{Fields, Ignored, raw_list};
 use super::receive::{Body, Parsed, receive};
@@ -168,15 +168,6 @@ impl Body for ScoreBody {
 /// `POST /v1/score` and `/score`
 pub(super) async fn score(State(service): State<GenerationService>, request: Request) -> Result<Response, Failure> {
     #[derive(Serialize)]
-    struct Answer {
-        id: String,
-        object: &'static str,
-        created: u64,
-        model: String,
-        data: Vec<Entry>,
-        usage: PoolingUsage,
-    }
-    #[derive(Serialize)]
     struct Entry {
         index: usize,
         object: &'static str,
@@ -189,14 +180,8 @@ pub(super) async fn score(State(service): State<GenerationService>, request: Req
     let scored = service.score(ScoreRequest { request, pairs, param: "text_2" }).await?;
     drop(share);
     let entry = |(index, score)| Entry { index, object: "score", score };
-    let answer = Answer {
-        id: answer_id,
-        object: "list",
-        created: now_seconds(),
-        model: scored.model,
-        data: scored.scores.into_iter().enumerate().map(entry).collect(),
-        usage: PoolingUsage::of(scored.num_tokens),
-    };
+    let entries = scored.scores.into_iter().enumerate().map(entry);
+    let answer = ListAnswer::of(answer_id, &scored.model, entries, scored.num_tokens);
     Ok(json_response(json(&answer), &ignored))
 }
 
